@@ -1,0 +1,209 @@
+"""What the API process and the engine process say to each other. Torch-free, since both sides import it.
+
+The engine is started as `python -m service.engine FD`, where FD is its end of a Unix socket pair. Each frame is a
+4-byte big-endian length and a msgpack map. The first frame to the engine is `EngineConfig`; it answers with
+`EngineReady` (or dies, with the reason in its log). A closed socket means that the other side is gone.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort"]
+SwapMode = Literal["auto", "overlap", "drain"]
+
+MAX_FRAME_BYTES = 256 << 20
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):
+    """Base of every message; the class name is the tag on the wire."""
+
+
+# ---- API process -> engine
+
+
+class EngineConfig(Message):
+    device: str
+    """`auto`, `cpu`, `cuda`, `cuda:N`, `npu`, `npu:N`."""
+    dtype: str
+    """`auto`, `fp32`, `bf16`, `fp16`."""
+    base_dir: str
+    """The HF folder of the base model: fixes the architecture that this engine serves."""
+    max_num_seqs: int
+    """Requests that decode in one batch."""
+    max_model_len: int | None = None
+    """Longest prompt plus answer, in tokens; None takes the model's own limit."""
+    kv_cache_bytes: int | None = None
+    """Size of the KV pool; None lets the engine choose from the device's free memory."""
+    prefill_chunk: int = 256
+    """Prompt tokens that one step prefills at most, so that decoding requests never wait longer than this."""
+    swap: SwapMode = "auto"
+    num_threads: int | None = None
+    """CPU threads; None takes all cores."""
+    seed: int = 0
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    max_tokens: int
+    temperature: float = 1.0
+    """0 is greedy: argmax."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 switches it off."""
+    seed: int | None = None
+    """Random numbers are keyed by (seed, position), so a batch does not change them. None draws a seed."""
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class AddRequest(Message):
+    request_id: str
+    model_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+
+
+class AbortRequest(Message):
+    request_id: str
+
+
+class LoadModel(Message):
+    """Load weights under a new name. Requests that name `model_id` may follow at once: they wait for the load.
+
+    With `replaces`, the old weights go once their last request has finished: after the load (overlap), or before
+    it (drain, where memory does not hold two sets).
+    """
+
+    model_id: str
+    base_dir: str
+    adapter_dir: str | None = None
+    """A PEFT folder, merged into the base in fp32 while loading."""
+    replaces: str | None = None
+
+
+class UnloadModel(Message):
+    """Drop weights once the last request that uses them has finished."""
+
+    model_id: str
+
+
+class Shutdown(Message):
+    """Stop at once; requests still running are answered with `abort`."""
+
+
+Command = EngineConfig | AddRequest | AbortRequest | LoadModel | UnloadModel | Shutdown
+
+
+# ---- engine -> API process
+
+
+class EngineReady(Message):
+    device: str
+    device_name: str
+    device_reason: str
+    dtype: str
+    dtype_reason: str
+    ops: dict[str, str]
+    """Op name -> chosen variant and its reason."""
+    max_model_len: int
+    max_num_seqs: int
+    block_size: int
+    num_blocks: int
+    peak_bandwidth: float
+    """Bytes per second that the device can read."""
+    peak_bandwidth_source: Literal["measured", "assumed"]
+    torch_version: str
+
+
+class ModelLoaded(Message):
+    model_id: str
+    weights_hash: str
+    """First 16 hex digits of a SHA-256 over the served tensors."""
+    weight_bytes: int
+    seconds: float
+    mode: Literal["overlap", "drain"]
+
+
+class ModelLoadFailed(Message):
+    """The old weights still serve."""
+
+    model_id: str
+    message: str
+
+
+class ModelUnloaded(Message):
+    model_id: str
+
+
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    request_id: str
+    token_ids: tuple[int, ...]
+    """New tokens of this step, an end-of-sequence token included."""
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The token that ended the request: the last of `token_ids`, not part of the text."""
+    timing: RequestTiming | None = None
+    """With the finish reason only."""
+
+
+class RequestTiming(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Seconds on the engine's clock, and what the device moved for the batch while this request was decoding."""
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    decode_tokens: int
+    """Tokens after the first one."""
+    decode_bytes: int
+    """Bytes read by the decode steps this request took part in: weights once a step, plus the KV really read."""
+
+
+class StepStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    num_running: int
+    num_waiting: int
+    used_blocks: int
+    prefill_tokens: int
+    prefill_s: float
+    decode_tokens: int
+    decode_s: float
+    decode_bytes: int
+    device_memory_bytes: int
+    num_preempted: int = 0
+
+
+class StepOutput(Message):
+    """One message per engine step."""
+
+    outputs: list[TokenOutput]
+    stats: StepStats
+
+
+class RequestFailed(Message):
+    """This request could not be served (unknown model, refused at admission, error in its step)."""
+
+    request_id: str
+    message: str
+    kind: Literal["invalid", "unavailable", "internal"]
+
+
+Event = EngineReady | ModelLoaded | ModelLoadFailed | ModelUnloaded | StepOutput | RequestFailed
+
+_encoder = msgspec.msgpack.Encoder()
+_command_decoder = msgspec.msgpack.Decoder(Command)
+_event_decoder = msgspec.msgpack.Decoder(Event)
+
+
+def encode(message: Command | Event) -> bytes:
+    """One frame: length and body."""
+    body = _encoder.encode(message)
+    return len(body).to_bytes(4, "big") + body
+
+
+def decode_command(body: bytes | bytearray) -> Command:
+    return _command_decoder.decode(body)
+
+
+def decode_event(body: bytes | bytearray) -> Event:
+    return _event_decoder.decode(body)

@@ -1,0 +1,150 @@
+"""The configuration of one run: what `config.yaml` in a run folder and POST /finetune say. Torch-free.
+
+Every option is validated and documented here, and nowhere else. HTTP and the command line accept the same fields.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lm.errors import UserError
+
+Recipe = Literal["full", "lora"]
+OptionsT = TypeVar("OptionsT", bound=BaseModel)
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+DEFAULT_LEARNING_RATE: dict[Recipe, float] = {"full": 1e-4, "lora": 1e-3}
+
+
+class Strict(BaseModel):
+    """No unknown field is dropped in silence."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class LoraConfig(Strict):
+    rank: Annotated[int, Field(ge=1, le=512)] = 8
+    """Inner dimension of the low-rank update."""
+    alpha: Annotated[float, Field(gt=0, le=4096)] = 16.0
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the input of the update while training."""
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = LINEAR_LAYERS
+    """Which linear layers get an update: names among q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
+
+    @model_validator(mode="after")
+    def _known_targets(self) -> LoraConfig:
+        unknown = sorted(set(self.target_modules) - set(LINEAR_LAYERS))
+        if unknown:
+            raise ValueError(f"unknown target_modules {unknown}: choose among {list(LINEAR_LAYERS)}")
+        return self
+
+
+class TrainingOptions(Strict):
+    """What a user may choose about a run, whatever way it is started."""
+
+    recipe: Recipe = "lora"
+    """`lora` trains a small adapter, `full` every weight."""
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 3
+    """Passes over the dataset."""
+    batch_size: Annotated[int, Field(ge=1, le=1024)] = 4
+    """Records per forward pass."""
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Batches per optimizer step. Gradients are weighted by trained tokens, so 8 x 1 = 4 x 2."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Peak learning rate. Default: 1e-3 for lora, 1e-4 for full."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps over which the rate rises linearly; after that it falls along a cosine to 0."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """AdamW's decoupled decay, on matrices only: norms and biases are left out."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients are scaled down to this global norm; null switches it off."""
+    max_seq_len: Annotated[int, Field(ge=8, le=1_048_576)] = 1024
+    """Longer records are cut at this many tokens, and counted in the dataset report."""
+    train_on_input: bool = False
+    """Train on the prompt as well as on the answer."""
+    validation_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the records that is held out; its loss is measured at every checkpoint."""
+    save_every_n_steps: Annotated[int, Field(ge=1)] | None = None
+    """Publish a checkpoint every so many steps, besides the final one. Default: at the end of each epoch."""
+    lora: LoraConfig = LoraConfig()
+    """Used by the lora recipe only."""
+    enable_activation_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute precision. bf16 keeps fp32 master weights. `auto` is bf16 where the device is fast at it."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|(cuda|npu)(:\d+)?)$")] = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:N`, `npu`, `npu:N`."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    """Seeds the shuffle, dropout and LoRA's initial weights."""
+
+    @property
+    def peak_learning_rate(self) -> float:
+        return DEFAULT_LEARNING_RATE[self.recipe] if self.learning_rate is None else self.learning_rate
+
+
+class RunConfig(TrainingOptions):
+    """A whole run: the options plus where the model and the data are, as paths."""
+
+    model: str
+    """Folder of the base model in Hugging Face format."""
+    data_files: Annotated[tuple[str, ...], Field(min_length=1)]
+    """JSON (a list) or JSONL files of records: {"input", "output"} or {"messages": [{"role", "content"}]}."""
+    model_name: str | None = None
+    """The base model's public name, written into the adapter. Default: the folder."""
+
+
+def load_run_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """Read a YAML file, with dotted overrides such as {"lora.rank": 16}. Raises UserError naming the field."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold a mapping of options, not {type(data).__name__}")
+    for key, value in (overrides or {}).items():
+        _set(data, key, value)
+    return parse_options(RunConfig, data)
+
+
+def parse_options(model: type[OptionsT], data: dict[str, Any]) -> OptionsT:
+    """Validate `data` as `model`. Raises UserError with the first mistake: the field, its value and what is allowed."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise UserError(explain(error), param=dotted(error.errors()[0]["loc"])) from error
+
+
+def explain(error: ValidationError) -> str:
+    """The first mistake of a validation, for people: `learning_rate: input should be greater than 0 (got -1.0)`."""
+    first = error.errors()[0]
+    field = dotted(first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{field}: unknown field; see the documentation for the fields that exist"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if first["type"] == "missing":
+        return f"{field}: this field is required"
+    return f"{field}: {message} (got {first['input']!r:.200})"
+
+
+def dotted(location: tuple[str | int, ...]) -> str:
+    return ".".join(str(part) for part in location)
+
+
+def _set(data: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise UserError(f"{key}: {parent} is not a group of options", param=key)
+    data[last] = value

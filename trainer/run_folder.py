@@ -1,0 +1,125 @@
+"""The folder of one training run, the only channel between a trainer and whoever watches it. Torch-free.
+
+    config.yaml      the RunConfig, written by whoever starts the run
+    events.jsonl     one JSON object a line, appended by the trainer
+    metrics.csv      one row a step
+    log.txt          what the trainer printed, written by whoever started it
+    lock             held (flock) while a trainer lives
+    state/           training state
+    adapters/step_N/, checkpoints/step_N/   published whole: a folder with its final name is complete
+    result.json      written last: the run is over
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lm.folder import write_atomic
+
+RunStatus = Literal["succeeded", "failed", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """How a run ended."""
+
+    status: RunStatus
+    error_code: str | None = None
+    """`invalid_training_file`, `out_of_memory`, `non_finite_loss`, `invalid_config`, `internal_error` ..."""
+    error_message: str | None = None
+    error_param: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths and files of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.csv"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "lock"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapters(self) -> Path:
+        return self.path / "adapters"
+
+    def read_events(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+        """The events after byte `offset`, and the offset to go on from. A half-written last line is left for later."""
+        try:
+            with self.events.open("rb") as file:
+                file.seek(offset)
+                data = file.read()
+        except FileNotFoundError:
+            return [], offset
+        whole = data[: data.rfind(b"\n") + 1]
+        return [json.loads(line) for line in whole.splitlines()], offset + len(whole)
+
+    def read_result(self) -> RunResult | None:
+        try:
+            return RunResult(**json.loads(self.result.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+    def write_result(self, result: RunResult) -> None:
+        write_atomic(self.result, json.dumps(asdict(result), ensure_ascii=False, indent=2).encode())
+
+    def log_tail(self, num_lines: int = 20, max_bytes: int = 16_384) -> str:
+        """The last lines of the log. A progress bar's redrawn states count as one line."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - max_bytes))
+                text = file.read().decode("utf-8", "replace")
+        except FileNotFoundError:
+            return ""
+        lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n")]
+        return "\n".join([line for line in lines if line.strip()][-num_lines:])
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run. Raises BlockingIOError when another trainer has it; the kernel frees it on any death."""
+        with self.lock.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+
+    def is_locked(self) -> bool:
+        """Whether a trainer is alive in this folder."""
+        if not self.lock.exists():
+            return False
+        with self.lock.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
