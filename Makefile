@@ -1,0 +1,50 @@
+# Every target sets itself up: .venv is made and filled when it is missing or older than what it is made from.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+export TORCH_DEVICE_BACKEND_AUTOLOAD := 0
+
+.PHONY: demo serve test check openapi bench npu-proof proof-loop e2e setup
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: setup  ## the main job on the real model: ask, fine-tune over HTTP, ask again
+	$(BIN)/python examples/demo.py
+
+serve: setup  ## the service on 127.0.0.1:8000; make serve ARGS="port=9000"
+	$(BIN)/tuneserve pull smollm2-135m-instruct
+	$(BIN)/tuneserve serve $(ARGS)
+
+test: setup  ## everything that needs neither the real model nor minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+e2e: setup  ## the slow proofs on the real model
+	$(BIN)/tuneserve pull smollm2-135m-instruct
+	$(BIN)/python -m pytest -m slow
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+openapi: setup  ## write openapi/openapi.json from the app
+	$(BIN)/python -m service.openapi
+
+bench: setup  ## decode and training speed beside transformers, same model, same run
+	$(BIN)/tuneserve pull smollm2-135m-instruct
+	$(BIN)/python benchmarks/run.py
+
+npu-proof: setup  ## the NPU path without a card: the simulated device
+	$(BIN)/python -m pytest tests/npu
+
+proof-loop: setup  ## the figures of issue "the whole loop on a real model"
+	$(BIN)/tuneserve pull smollm2-135m-instruct
+	$(BIN)/python -m pytest -m slow tests/proof
