@@ -12,8 +12,9 @@ COPY trainer trainer
 COPY service service
 COPY configs configs
 COPY examples examples
-# The CPU build of torch: torch_npu cannot live beside a CUDA build.
-RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu -c constraints.txt ".${EXTRA:+[$EXTRA]}"
+# torch_npu cannot live beside a CUDA build of torch: on x86 pass --build-arg PIP_EXTRA_INDEX_URL=<PyTorch's CPU index>.
+ARG PIP_EXTRA_INDEX_URL=
+RUN pip install --no-cache-dir -c constraints.txt ".${EXTRA:+[$EXTRA]}"
 ENV TUNESERVE_HOME=/data TORCH_DEVICE_BACKEND_AUTOLOAD=0 PYTHONUNBUFFERED=1
 VOLUME /data
 EXPOSE 8000
