@@ -5,6 +5,8 @@ Every option is validated and documented here, and nowhere else. HTTP and the co
 
 from __future__ import annotations
 
+import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -22,9 +24,11 @@ DEFAULT_LEARNING_RATE: dict[Recipe, float] = {"full": 1e-4, "lora": 1e-3}
 
 
 class Strict(BaseModel):
-    """No unknown field is dropped in silence."""
+    """No unknown field is dropped in silence, and nothing is converted: "4" and true are no numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class LoraConfig(Strict):
@@ -34,7 +38,7 @@ class LoraConfig(Strict):
     """The update is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the input of the update while training."""
-    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = LINEAR_LAYERS
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = LINEAR_LAYERS
     """Which linear layers get an update: names among q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
 
     @model_validator(mode="after")
@@ -95,16 +99,25 @@ class RunConfig(TrainingOptions):
 
     model: str
     """Folder of the base model in Hugging Face format."""
-    data_files: Annotated[tuple[str, ...], Field(min_length=1)]
+    data_files: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
     """JSON (a list) or JSONL files of records: {"input", "output"} or {"messages": [{"role", "content"}]}."""
     model_name: str | None = None
     """The base model's public name, written into the adapter. Default: the folder."""
 
 
+class ConfigLoader(yaml.SafeLoader):
+    """YAML as its readers expect it: 1e-3 is a number, though YAML 1.1 wants 1.0e-3."""
+
+
+ConfigLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 def load_run_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
     """Read a YAML file, with dotted overrides such as {"lora.rank": 16}. Raises UserError naming the field."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=ConfigLoader)
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -121,20 +134,32 @@ def parse_options(model: type[OptionsT], data: dict[str, Any]) -> OptionsT:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise UserError(explain(error), param=dotted(error.errors()[0]["loc"])) from error
+        raise UserError(explain(error, model), param=dotted(error.errors()[0]["loc"])) from error
 
 
-def explain(error: ValidationError) -> str:
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first mistake of a validation, for people: `learning_rate: input should be greater than 0 (got -1.0)`."""
     first = error.errors()[0]
     field = dotted(first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"{field}: unknown field; see the documentation for the fields that exist"
+        return f"{field}: unknown field; {known_fields(model, first['loc'])}"
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if first["type"] == "missing":
         return f"{field}: this field is required"
     return f"{field}: {message} (got {first['input']!r:.200})"
+
+
+def known_fields(model: type[BaseModel], location: tuple[str | int, ...]) -> str:
+    """What may stand where an unknown field stood: the nearest name first, then all of them."""
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return "remove it"
+        model = field.annotation
+    names = list(model.model_fields)
+    near = difflib.get_close_matches(str(location[-1]), names, n=1)
+    return (f"did you mean {near[0]}? " if near else "") + f"known are {', '.join(names)}"
 
 
 def dotted(location: tuple[str | int, ...]) -> str:

@@ -24,7 +24,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknow
 # ---- API process -> engine
 
 
-class EngineConfig(Message):
+class EngineConfig(Message, frozen=True):
     device: str
     """`auto`, `cpu`, `cuda`, `cuda:N`, `npu`, `npu:N`."""
     dtype: str
@@ -58,18 +58,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_token_ids: tuple[int, ...] = ()
 
 
-class AddRequest(Message):
+class AddRequest(Message, frozen=True):
     request_id: str
     model_id: str
     prompt_ids: list[int]
     sampling: SamplingParams
 
 
-class AbortRequest(Message):
+class AbortRequest(Message, frozen=True):
     request_id: str
 
 
-class LoadModel(Message):
+class LoadModel(Message, frozen=True):
     """Load weights under a new name. Requests that name `model_id` may follow at once: they wait for the load.
 
     With `replaces`, the old weights go once their last request has finished: after the load (overlap), or before
@@ -83,13 +83,13 @@ class LoadModel(Message):
     replaces: str | None = None
 
 
-class UnloadModel(Message):
+class UnloadModel(Message, frozen=True):
     """Drop weights once the last request that uses them has finished."""
 
     model_id: str
 
 
-class Shutdown(Message):
+class Shutdown(Message, frozen=True):
     """Stop at once; requests still running are answered with `abort`."""
 
 
@@ -99,7 +99,7 @@ Command = EngineConfig | AddRequest | AbortRequest | LoadModel | UnloadModel | S
 # ---- engine -> API process
 
 
-class EngineReady(Message):
+class EngineReady(Message, frozen=True):
     device: str
     device_name: str
     device_reason: str
@@ -117,7 +117,7 @@ class EngineReady(Message):
     torch_version: str
 
 
-class ModelLoaded(Message):
+class ModelLoaded(Message, frozen=True):
     model_id: str
     weights_hash: str
     """First 16 hex digits of a SHA-256 over the served tensors."""
@@ -126,14 +126,14 @@ class ModelLoaded(Message):
     mode: Literal["overlap", "drain"]
 
 
-class ModelLoadFailed(Message):
+class ModelLoadFailed(Message, frozen=True):
     """The old weights still serve."""
 
     model_id: str
     message: str
 
 
-class ModelUnloaded(Message):
+class ModelUnloaded(Message, frozen=True):
     model_id: str
 
 
@@ -173,14 +173,14 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     num_preempted: int = 0
 
 
-class StepOutput(Message):
+class StepOutput(Message, frozen=True):
     """One message per engine step."""
 
     outputs: list[TokenOutput]
     stats: StepStats
 
 
-class RequestFailed(Message):
+class RequestFailed(Message, frozen=True):
     """This request could not be served (unknown model, refused at admission, error in its step)."""
 
     request_id: str
@@ -191,8 +191,8 @@ class RequestFailed(Message):
 Event = EngineReady | ModelLoaded | ModelLoadFailed | ModelUnloaded | StepOutput | RequestFailed
 
 _encoder = msgspec.msgpack.Encoder()
-_command_decoder = msgspec.msgpack.Decoder(Command)
-_event_decoder = msgspec.msgpack.Decoder(Event)
+_command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+_event_decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
 
 
 def encode(message: Command | Event) -> bytes:

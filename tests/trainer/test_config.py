@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lm.errors import UserError
+from trainer.config import RunConfig, TrainingOptions, load_run_config, parse_options
+
+
+def test_only_the_model_and_the_data_are_required() -> None:
+    config = parse_options(RunConfig, {"model": "m", "data_files": ["d.json"]})
+    assert config.recipe == "lora"
+    assert config.peak_learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "param", "words"),
+    [
+        ({"learning_rate": -1.0}, "learning_rate", ["greater than 0", "-1.0"]),
+        ({"learning_rate": float("nan")}, "learning_rate", ["finite"]),
+        ({"recipe": "dpo"}, "recipe", ["'full'", "'lora'", "dpo"]),
+        ({"lora": {"rank": 0}}, "lora.rank", ["greater than or equal to 1", "0"]),
+        ({"lora": {"target_modules": ["w1"]}}, "lora", ["w1", "q_proj"]),
+        ({"epoch": 3}, "epoch", ["unknown field", "epochs"]),
+        ({"device": "gpu"}, "device", ["gpu"]),
+        ({"batch_size": "many"}, "batch_size", ["many", "integer"]),
+        ({"batch_size": True}, "batch_size", ["True"]),
+    ],
+)
+def test_a_mistake_names_the_field_the_value_and_what_is_allowed(
+    options: dict[str, Any], param: str, words: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_options(TrainingOptions, options)
+    assert caught.value.param == param
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_overrides_reach_nested_options_of_a_yaml_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata_files: [d.json]\nlora: {rank: 4}\n", encoding="utf-8")
+    config = load_run_config(path, {"lora.alpha": 32, "epochs": 1})
+    assert (config.lora.rank, config.lora.alpha, config.epochs) == (4, 32.0, 1)
+
+
+@pytest.mark.parametrize(("text", "words"), [("a: [", "not valid YAML"), ("- a", "mapping"), ("", "mapping")])
+def test_a_file_that_is_no_mapping_is_refused_with_its_name(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=words) as caught:
+        load_run_config(path)
+    assert str(path) in str(caught.value)
+
+
+def test_an_override_through_a_plain_value_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata_files: [d.json]\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"model\.rank"):
+        load_run_config(path, {"model.rank": 4})
+
+
+def test_every_option_is_documented_where_it_is_defined() -> None:
+    for name, field in RunConfig.model_fields.items():
+        assert field.description, name
