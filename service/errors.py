@@ -1,0 +1,143 @@
+"""Every error of the HTTP service as one object: `{"error": {"message", "type", "param", "code"}}`.
+
+ApiError            an answer with its own status
+UserError           400: a mistake that the message names, with its mend
+NotFoundError       404
+RequestValidationError (what FastAPI would answer with 422)    400
+anything else       500 without details; the log has them
+"""
+
+from __future__ import annotations
+
+import logging
+from reprlib import Repr
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from lm.errors import NotFoundError, UserError
+
+logger = logging.getLogger(__name__)
+
+TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "unavailable_error"}
+ROUTING_MESSAGES = {
+    404: "there is no {method} {path}: see /docs for the routes that exist",
+    405: "{path} does not take {method}: see /docs for the methods that it takes",
+}
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+
+
+class ApiError(HTTPException):
+    """An answer other than success. `type` follows from the status unless it is given."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str | None = None,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        headers = None if retry_after is None else {"Retry-After": str(retry_after)}
+        super().__init__(status, message, headers)
+        self.type = type or TYPES.get(status, "invalid_request_error")
+        self.param = param
+        self.code = code
+
+    def body(self) -> bytes:
+        """The error object as JSON."""
+        detail = {"message": _printable(self.detail), "type": self.type, "param": self.param, "code": self.code}
+        if self.param is not None:
+            detail["param"] = _printable(self.param)
+        return msgspec.json.encode({"error": detail})
+
+
+def unavailable(message: str, *, retry_after: int = 1) -> ApiError:
+    """503: loading, draining, or no engine. Worth another try."""
+    return ApiError(503, message, retry_after=retry_after)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What the client is told about `error`. One that is not meant for clients is logged, and told as a bare 500."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, NotFoundError):
+        return ApiError(404, str(error), param=error.param, code="model_not_found" if error.param == "model" else None)
+    if isinstance(error, UserError):
+        return ApiError(400, str(error), param=error.param)
+    if isinstance(error, RequestValidationError):
+        return _validation_error(error)
+    logger.error("unexpected error in a request", exc_info=error)
+    return ApiError(500, "the server failed to answer this request; its log has the reason")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    async def answer(request: Request, error: Exception) -> Response:
+        return error_response(request, as_api_error(error))
+
+    async def answer_http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return error_response(request, error if isinstance(error, ApiError) else _plain_http_error(request, error))
+
+    for kind in (UserError, RequestValidationError, Exception):
+        app.add_exception_handler(kind, answer)
+    app.add_exception_handler(HTTPException, answer_http)
+
+
+def error_response(request: Request, error: ApiError) -> Response:
+    headers = dict(error.headers or {})
+    if request_id := request.scope.get("state", {}).get("request_id"):
+        headers["X-Request-Id"] = request_id  # a 500 is made outside of the middleware that adds it elsewhere
+    return Response(error.body(), error.status_code, headers, media_type="application/json")
+
+
+def _plain_http_error(request: Request, error: HTTPException) -> ApiError:
+    template = ROUTING_MESSAGES.get(error.status_code, "{detail}")
+    message = template.format(method=request.method, path=request.url.path, detail=error.detail)
+    converted = ApiError(error.status_code, message)
+    converted.headers = error.headers
+    return converted
+
+
+_echo = Repr()
+_echo.maxstring = _echo.maxother = 100
+_echo.maxlevel = 3
+
+
+def _validation_error(error: RequestValidationError) -> ApiError:
+    """The first mistake: field, value, and what is allowed."""
+    first: dict[str, Any] = error.errors()[0]
+    source, *path = first["loc"]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']} at character {path[0]}")
+    field = ".".join(str(part) for part in path)
+    if not field:
+        return ApiError(400, f"the {source} must be a JSON object, sent with Content-Type: application/json")
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{field}: unknown field; remove it, or see /docs for the fields that exist", param=field)
+    if first["type"] == "missing":
+        return ApiError(400, f"{field}: this field is required", param=field)
+    message = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{field}: {message[:1].lower()}{message[1:]} (got {_echo.repr(first['input'])})", param=field)
+
+
+def _printable(text: str) -> str:
+    """Without lone surrogates, which have no UTF-8 form."""
+    return text.encode("utf-8", "backslashreplace").decode()

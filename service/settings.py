@@ -1,0 +1,169 @@
+"""The settings of the service: defaults, then a YAML file, then TUNESERVE_* variables, then key=value. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field
+
+from lm.errors import UserError
+from trainer.config import ConfigLoader, Strict, parse_options
+
+PREFIX = "TUNESERVE_"
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+BINARY_UNITS = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+DEVICE = r"^(auto|cpu|(cuda|npu)(:\d+)?)$"
+
+
+def parse_size(value: object) -> object:
+    """`"2GiB"` -> 2147483648. Anything but a string is left to the type's own validation."""
+    if not isinstance(value, str):
+        return value
+    match = SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError("write a number of bytes, or one with a unit such as 512MiB or 2GB")
+    number, unit = match.groups(default="")
+    return int(float(number) * {**UNITS, **BINARY_UNITS}[unit.lower()])
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+
+
+class Settings(Strict):
+    host: str = "127.0.0.1"
+    """Address to listen on. Only this machine reaches the default; 0.0.0.0 opens the service to the network."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """0 takes a free one; the line printed when ready names it."""
+    home: Annotated[Path, Field(strict=False)] = Path("~/.tuneserve")
+    """Models, data sets, runs and uploads."""
+    state_dir: Annotated[Path | None, Field(strict=False)] = None
+    """Where the database lives; must be a local disk. Default: `state` in home."""
+    model: str = "smollm2-135m-instruct"
+    """The base model that is served and fine-tuned: a name in `models` of home, or the path of a Hugging Face folder."""
+    served_model_aliases: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Further names for the served model, for clients whose model name is fixed."""
+    allow_unknown_model: bool = False
+    """Answer any `model` from the served one, instead of 404."""
+    organization: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,32}$")] = "local"
+    """The third part of the ids of fine-tuned models, `ft:<base>:<organization>:<suffix>:<id>`."""
+
+    device: Annotated[str, Field(pattern=DEVICE)] = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:N`, `npu`, `npu:N`."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the served weights. `auto` is what the device is fast at."""
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """CPU threads of the engine. Default: all cores."""
+    max_model_len: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
+    """Longest prompt plus answer, in tokens. Default: the model's own limit."""
+    max_num_seqs: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Requests that decode in one batch; more wait."""
+    max_queued_requests: Annotated[int, Field(ge=0, le=100_000)] = 256
+    """Requests that may wait; more get 429."""
+    kv_cache_memory: Size | None = None
+    """Memory of the key/value cache, in bytes or as 2GiB. Default: the engine chooses from what is free."""
+    max_loaded_models: Annotated[int, Field(ge=1, le=64)] = 2
+    """Sets of weights in memory at once: the served one, and others loaded when a request names them."""
+    swap: Literal["auto", "overlap", "drain"] = "auto"
+    """How new weights replace old ones: side by side where memory holds both, or after the running requests."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    """Seeds the sampling of requests that name no seed."""
+
+    max_body_size: Size = 16 << 20
+    """Largest JSON body; a larger one gets 413."""
+    max_upload_size: Size = 512 << 20
+    """Largest uploaded file."""
+    drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
+    """How long running requests may go on after the service was asked to stop."""
+
+    @property
+    def models_dir(self) -> Path:
+        return self.home / "models"
+
+    @property
+    def data_dir(self) -> Path:
+        """The only folder from which HTTP may name files to train on."""
+        return self.home / "data"
+
+    @property
+    def runs_dir(self) -> Path:
+        return self.home / "runs"
+
+    @property
+    def files_dir(self) -> Path:
+        return self.home / "files"
+
+    @property
+    def database(self) -> Path:
+        return (self.state_dir or self.home / "state") / "tuneserve.db"
+
+    @property
+    def model_dir(self) -> Path:
+        """The folder of the base model. Raises UserError when there is none."""
+        for folder in (self.models_dir / self.model, Path(self.model).expanduser()):
+            if (folder / "config.json").is_file():
+                return folder.resolve()
+        known = sorted(path.parent.name for path in self.models_dir.glob("*/config.json"))
+        have = f"{self.models_dir} holds {', '.join(known)}" if known else f"{self.models_dir} is empty"
+        raise UserError(
+            f"model: there is no model {self.model!r}: {have}. `tuneserve pull {self.model}` gets one; "
+            "or name a folder in Hugging Face format",
+            param="model",
+        )
+
+    @property
+    def model_name(self) -> str:
+        """The public name of the base model."""
+        return self.model_dir.name
+
+
+def load_settings(
+    config: Path | None = None, overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
+) -> Settings:
+    """Raises UserError with the field, its value and what is allowed.
+
+    `environ` is the process's environment; variables with our prefix that name no setting are left alone, since
+    container platforms set such ones on their own.
+    """
+    data = {**_read(config), **_from_environment(environ or {}), **(overrides or {})}
+    settings = parse_options(Settings, data)
+    return settings.model_copy(
+        update={
+            "home": settings.home.expanduser().resolve(),
+            "state_dir": settings.state_dir and settings.state_dir.expanduser().resolve(),
+        }
+    )
+
+
+def _read(config: Path | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    try:
+        data = yaml.load(config.read_text(encoding="utf-8"), Loader=ConfigLoader)
+    except OSError as error:
+        raise UserError(f"cannot read the config {config}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{config} is not valid YAML: {error}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise UserError(f"{config} must hold a mapping of settings, not {type(data).__name__}")
+    return data
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    names = {f"{PREFIX}{name.upper()}": name for name in Settings.model_fields}
+    return {name: _scalar(name, environ[variable]) for variable, name in names.items() if variable in environ}
+
+
+def _scalar(name: str, text: str) -> Any:
+    if Settings.model_fields[name].annotation is str:
+        return text
+    try:
+        return yaml.load(text, Loader=ConfigLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{PREFIX}{name.upper()}: {text!r} cannot be read: {error}", param=name) from error
