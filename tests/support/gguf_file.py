@@ -24,6 +24,7 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+ROPE_THETA = 50_000.0
 TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
 
 
@@ -56,11 +57,11 @@ def tiny_llama(*, tied: bool, vocab_size: int) -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=128,
         rms_norm_eps=1e-5,
-        rope_theta=50_000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         tie_word_embeddings=tied,
         initializer_range=0.2,
     )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config)
 
 
 def write_gguf(path: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, *, pre: str = "smollm") -> None:
@@ -102,8 +103,8 @@ def _write_metadata(writer: gguf.GGUFWriter, config: LlamaConfig, tokenizer: Tok
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_head_count_kv(config.num_key_value_heads or config.num_attention_heads)
+    writer.add_rope_freq_base(ROPE_THETA)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
