@@ -1,0 +1,120 @@
+"""Token ids to text as they come: never half a character, and nothing of a stop string. Torch-free.
+
+Both parts hold text back only while they must, and their pieces put together are what the whole would have been.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+INCOMPLETE = "�"
+MAX_PENDING = 16
+LONGEST_CHARACTER = 4  # bytes in UTF-8, so at most as many tokens
+
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(slots=True)
+class IncrementalDecoder:
+    """Decodes a window of the last tokens: those since the last whole character, and one piece before as context.
+
+    The context is there because some tokenizers write a token differently at the start of a text. A window that ends
+    in U+FFFD may end within a character, so its text waits for the next token.
+    """
+
+    decode: Decode
+    ids: list[int] = field(default_factory=list)
+    context: int = 0
+    """How many of `ids` are context: their text has been handed out."""
+
+    def add(self, token_id: int) -> str:
+        """The text that is certain now and was not before."""
+        self.ids.append(token_id)
+        before = self.decode(self.ids[: self.context])
+        text = self.decode(self.ids)
+        if len(text) > len(before) and not text.endswith(INCOMPLETE):
+            self._restart(self.context)
+            return text[len(before) :]
+        if len(self.ids) - self.context > MAX_PENDING:
+            return self._cut(before, text)
+        return ""
+
+    def flush(self) -> str:
+        """The rest, at the end of the answer; an unfinished character comes out as U+FFFD."""
+        text = self.decode(self.ids)[len(self.decode(self.ids[: self.context])) :]
+        self._restart(len(self.ids))
+        return text
+
+    def _restart(self, drop: int) -> None:
+        del self.ids[:drop]
+        self.context = len(self.ids)
+
+    def _cut(self, before: str, text: str) -> str:
+        """Keep the window short in a long run of garbage or of silent tokens: cut it where no character is split."""
+        for cut in range(len(self.ids) - 1, len(self.ids) - LONGEST_CHARACTER - 1, -1):
+            done = self.decode(self.ids[:cut])
+            if done + self.decode(self.ids[cut:]) == text:
+                del self.ids[:cut]
+                self.context = 0
+                return done[len(before) :]
+        return ""
+
+
+@dataclass(slots=True)
+class StopFinder:
+    """Passes text on up to the first stop string to be completed in it.
+
+    Held back is the longest end of the text that is a proper beginning of a stop string.
+    """
+
+    stop: tuple[str, ...]
+    held: str = ""
+    found: str | None = None
+    """The stop string that ended the text. Neither it nor anything behind it is passed on."""
+
+    def add(self, text: str) -> str:
+        """The text that is certain now and was not before."""
+        if self.found is not None:
+            return ""
+        text = self.held + text
+        ends = [(start + len(stop), start, stop) for stop in self.stop if (start := text.find(stop)) >= 0]
+        if ends:
+            _, start, self.found = min(ends)
+            self.held = ""
+            return text[:start]
+        keep = max((_overlap(text, stop) for stop in self.stop), default=0)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """The rest, at the end of the answer."""
+        text, self.held = self.held, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest proper beginning of `stop` with which `text` ends."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
+
+
+@dataclass(slots=True)
+class Detokenizer:
+    """One answer: tokens in, text out, until the end or a stop string."""
+
+    decoder: IncrementalDecoder
+    finder: StopFinder
+
+    @property
+    def stopped_by(self) -> str | None:
+        return self.finder.found
+
+    def add(self, token_id: int) -> str:
+        return self.finder.add(self.decoder.add(token_id))
+
+    def flush(self) -> str:
+        """The tail. A stop string may be completed in it, too."""
+        return self.finder.add(self.decoder.flush()) + self.finder.flush()
