@@ -1,0 +1,1 @@
+"""Training data: records as users write them, tokenized examples, batches."""
