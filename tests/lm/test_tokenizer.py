@@ -1,0 +1,200 @@
+"""Tokenizers beside transformers' AutoTokenizer, and what happens when a folder is not as it should be."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from transformers import AutoTokenizer
+
+from lm.errors import NotFoundError, UserError
+from lm.tokenizer import load_tokenizer
+from tests.support.tiny_tokenizers import STYLES, write_json, write_tokenizer
+
+FRAGMENTS = (
+    *("Hello", "world", " ", "  ", "\n", "\n\n", "\t", "\r\n", "12345", "3.14", "don't", "naïve", "e\u0301", "ﬁ"),
+    *(
+        "你好",
+        "世界",
+        "人工智能",
+        "。",
+        ",",
+        "日本語",
+        "한국어",
+        "العربية",
+        "🙂",
+        "👩‍👩‍👧",
+        "🤖",
+        "\u200b",
+        "\ufeff",
+        "\x00",
+        "▁",
+    ),
+    *("def f(x):\n    return x", "{'a': [1]}", "<b>&amp;</b>", "==", "#!/bin/sh", "C:\\n", "https://a.b/c?d=e", "Ġ"),
+    *("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|begin_of_text|>", "<s>", "</s>", "<unk>", "<|im_end", "[INST]"),
+)
+
+
+def random_texts(count: int) -> list[str]:
+    """Texts of 0 to 12 fragments each, every third with random code points in between."""
+    rng = random.Random(7)
+    texts = []
+    for index in range(count):
+        parts = rng.choices(FRAGMENTS, k=rng.randrange(13))
+        if index % 3 == 0:
+            parts += [chr(rng.choice((rng.randrange(0x20, 0xD800), rng.randrange(0xE000, 0x110000)))) for _ in range(4)]
+            rng.shuffle(parts)
+        texts.append("".join(parts))
+    return texts
+
+
+@pytest.mark.parametrize("add_special_tokens", [True, False])
+@pytest.mark.parametrize("style", STYLES)
+def test_ids_and_decoded_text_equal_those_of_transformers(tmp_path: Path, style: str, add_special_tokens: bool) -> None:
+    write_tokenizer(tmp_path, style)
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in random_texts(300):
+        ids = ours.encode(text, add_special_tokens=add_special_tokens)
+        assert ids == theirs(text, add_special_tokens=add_special_tokens)["input_ids"], text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
+        assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids), text
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_ends_cut_the_text_into_its_tokens(tmp_path: Path, style: str) -> None:
+    write_tokenizer(tmp_path, style)
+    tokenizer = load_tokenizer(tmp_path)
+    for text in random_texts(100):
+        ids, ends = tokenizer.encode_with_ends(text)
+        assert ids == tokenizer.encode(text, add_special_tokens=False)
+        assert ends == sorted(ends)
+        assert not ends or ends[-1] == len(text)
+
+
+def test_the_bytes_of_one_character_all_end_behind_it(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "smollm2")
+    ids, ends = load_tokenizer(tmp_path).encode_with_ends("a鑫b")
+    assert len(ids) == 5
+    assert ends == [1, 2, 2, 2, 3]
+
+
+def test_truncation_and_padding_stored_in_the_file_are_switched_off(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "smollm2")
+    path = str(tmp_path / "tokenizer.json")
+    backend = tokenizers.Tokenizer.from_file(path)
+    text = "Hello world " * 8
+    expected = backend.encode(text).ids
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    backend.save(path)
+    assert load_tokenizer(tmp_path).encode(text) == expected
+
+
+def test_every_eos_id_is_found_wherever_it_is_configured(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "llama3")
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": [1, 4]})
+    write_json(tmp_path / "config.json", {"eos_token_id": 2, "bos_token_id": 3, "vocab_size": 1000})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_token_ids == (4, 1, 2)
+    assert tokenizer.eos_token == "<|eot_id|>"
+    assert tokenizer.bos_token_id == 0
+    assert [tokenizer.id_to_token(index) for index in (0, 4, 10_000)] == ["<|begin_of_text|>", "<|eot_id|>", None]
+
+
+def test_ids_that_no_vocabulary_has_do_not_become_eos_ids(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "smollm2")
+    write_json(tmp_path / "tokenizer_config.json", {})
+    write_json(tmp_path / "config.json", {"eos_token_id": [-1, None, 99_999], "bos_token_id": 1})
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.eos_token_ids, tokenizer.eos_token, tokenizer.bos_token_id) == ((), None, 1)
+
+
+NEW = {"content": "<|new|>", "lstrip": False, "rstrip": True, "single_word": False, "normalized": False}
+NEWER = {"content": "<|newer|>", "lstrip": True, "rstrip": False, "single_word": False, "normalized": False}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config.json": {"additional_special_tokens": ["<|new|>", {"__type": "AddedToken", **NEWER}]}},
+        {"tokenizer_config.json": {"extra_special_tokens": ["<|new|>"], "pad_token": "<|pad|>"}},
+        {"tokenizer_config.json": {"extra_special_tokens": {"image_token": "<|new|>"}}},
+        {"tokenizer_config.json": {"added_tokens_decoder": {"10000": {**NEW, "special": True}}}},
+        {
+            "tokenizer_config.json": {"eos_token": "<|endoftext|>"},
+            "special_tokens_map.json": {"eos_token": NEW, "pad_token": "<|pad|>"},
+        },
+    ],
+)
+def test_tokens_named_beside_tokenizer_json_are_added_as_transformers_adds_them(
+    tmp_path: Path, files: dict[str, dict[str, Any]]
+) -> None:
+    write_tokenizer(tmp_path, "smollm2")
+    for name, content in files.items():
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"} if name == "tokenizer_config.json" else {}
+        write_json(tmp_path / name, settings | content)
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    text = "a <|new|>  b<|newer|> <|pad|><|endoftext|> c"
+    assert ours.encode(text) == theirs(text)["input_ids"]
+    assert ours.vocab_size == len(theirs)
+    assert ours.eos_token == theirs.eos_token
+    assert ours.special_tokens.get("pad_token") == theirs.pad_token
+
+
+def test_a_folder_without_a_tokenizer_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"no model folder .*nowhere"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"has no tokenizer\.json$"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(UserError, match=r"has no tokenizer\.json; it has tokenizer\.model in another") as caught:
+        load_tokenizer(tmp_path)
+    assert caught.value.param == "model"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("tokenizer.json", "{", r"tokenizer\.json is not a tokenizer file"),
+        ("tokenizer_config.json", "{", r"tokenizer_config\.json is not valid JSON"),
+        ("tokenizer_config.json", "[]", r"tokenizer_config\.json must hold a JSON object, not list"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', r"special tokens in .* are malformed"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"1": {"content": 3}}}',
+            r"special tokens in .* are malformed",
+        ),
+        ("tokenizer_config.json", '{"added_tokens_decoder": ["a"]}', r"special tokens in .* are malformed"),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": {"content": "x", "lstrip": 1}}',
+            r"special tokens in .* are malformed",
+        ),
+        ("config.json", '{"vocab_size": 100}', r"vocab_size in config\.json is 100"),
+    ],
+)
+def test_a_damaged_folder_is_refused_with_the_file_and_the_reason(
+    tmp_path: Path, name: str, content: str, reason: str
+) -> None:
+    write_tokenizer(tmp_path, "smollm2")
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=reason):
+        load_tokenizer(tmp_path)
+
+
+def test_a_lone_surrogate_is_refused_with_its_place(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "smollm2")
+    with pytest.raises(UserError, match=r"character 2 is the lone surrogate U\+D800"):
+        load_tokenizer(tmp_path).encode(json.loads(r'"ab\ud800"'))
+
+
+def test_tokenizer_and_template_load_neither_torch_nor_transformers() -> None:
+    code = "import sys, lm.template, lm.tokenizer; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert printed == "set()\n"
