@@ -1,0 +1,164 @@
+"""The decoder-only transformer, one forward for training and for decoding, with Hugging Face's parameter names.
+
+Knows nothing of requests, sampling or losses. No shape depends on data and nothing waits for the device.
+Legend: B rows, T tokens a row, W hidden size, V vocabulary, H query heads, KVH key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lm.cache import PagedBatch
+from lm.config import ModelConfig, RopeScaling
+from lm.ops import AttentionPlan, Ops
+
+Rotation = tuple[Tensor, Tensor]
+LayerCache = tuple[Tensor, Tensor, AttentionPlan]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.eps = config.rms_norm_eps
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.ops = ops
+        hidden, bias = config.hidden_size, config.attention_bias
+        query_size = config.num_attention_heads * config.head_dim
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(hidden, query_size, bias=bias)
+        self.k_proj = nn.Linear(hidden, key_value_size, bias=bias)
+        self.v_proj = nn.Linear(hidden, key_value_size, bias=bias)
+        self.o_proj = nn.Linear(query_size, hidden, bias=bias)
+
+    def forward(self, x: Tensor, rotation: Rotation, cache: LayerCache | None) -> Tensor:
+        shape = (*x.shape[:2], -1, self.head_dim)  # (B, T, heads, D)
+        value = self.v_proj(x).view(shape)
+        query, key = self.ops.apply_rope(self.q_proj(x).view(shape), self.k_proj(x).view(shape), *rotation)
+        if cache is None:
+            attended = self.ops.causal_attention(query, key, value)
+        else:
+            self.ops.write_kv(key, value, *cache)
+            attended = self.ops.paged_attention(query, *cache)
+        return self.o_proj(attended.reshape(*x.shape[:2], -1))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.ops = ops
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.ops.swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, ops)
+        self.mlp = MLP(config, ops)
+        self.input_layernorm = RMSNorm(config, ops)
+        self.post_attention_layernorm = RMSNorm(config, ops)
+
+    def forward(self, x: Tensor, rotation: Rotation, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+
+
+class LlamaModel(nn.Module):
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, ops) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config, ops)
+
+
+class LlamaForCausalLM(nn.Module):
+    """Llama 2, 3, 3.1, 3.2 and what shares their architecture. Build it with `build_model`."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        self.ops = ops
+        self.checkpoint_activations = False
+        """Recompute each layer in the backward pass instead of keeping its activations."""
+        self.model = LlamaModel(config, ops)
+        self.lm_head = (
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        # Not a buffer: a cast of the model must not round it
+        self.inverse_frequencies = inverse_frequencies(config).to(device)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, paged: PagedBatch | None = None) -> Tensor:
+        """Final-normed hidden states (B, T, W) of tokens (B, T) at positions (B, T).
+
+        Without `paged` each row is one sequence from its first token, padded on the right if at all. With it, the
+        tokens are appended to the cache and attend to what their rows have there; that form has no gradient.
+        """
+        x = self.model.embed_tokens(input_ids)
+        rotation = self._rotation(positions)
+        if paged is not None:
+            plan = self.ops.plan_attention(paged, positions)
+            for layer, keys, values in zip(self.model.layers, paged.cache.keys, paged.cache.values, strict=True):
+                x = layer(x, rotation, (keys, values, plan))
+        elif self.checkpoint_activations and torch.is_grad_enabled():
+            for layer in self.model.layers:
+                x = checkpoint(layer, x, rotation, use_reentrant=False)
+        else:
+            for layer in self.model.layers:
+                x = layer(x, rotation)
+        return self.model.norm(x)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., W) -> (..., V)."""
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(hidden, head.weight)
+
+    def _rotation(self, positions: Tensor) -> Rotation:
+        """Cosine and sine (B, T, 1, D) in fp32, the sine's first half negated as `apply_rope` wants it."""
+        angles = positions[:, :, None, None].float() * self.inverse_frequencies
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+FAMILIES = {"llama": LlamaForCausalLM}
+
+
+def build_model(config: ModelConfig, *, device: torch.device, dtype: torch.dtype, ops: Ops) -> LlamaForCausalLM:
+    """The model with uninitialised weights in `dtype` on `device`; loading a checkpoint fills them."""
+    with torch.device("meta"):
+        model = FAMILIES[config.model_type](config, ops, device)
+    return model.to(dtype).to_empty(device=device)
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """(D / 2,) angles per position, in fp32 (Su et al., 2021), stretched as Llama 3.1 does where the config says so."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    return frequencies if config.rope_scaling is None else _stretch(frequencies, config.rope_scaling)
+
+
+def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Slow frequencies divided by `factor`, fast ones kept, a linear passage between (Llama 3.1)."""
+    original, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    turns = original * frequencies / (2 * math.pi)  # within the original context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * frequencies + (1 - keep) * frequencies / scaling.factor

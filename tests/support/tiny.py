@@ -1,0 +1,82 @@
+"""Tiny random llamas in Hugging Face format: real checkpoints, tokenizer and template included, made in a moment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+BOS, EOS, VOCAB_SIZE = 1, 2, 272
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MERGES = [("h", "e"), ("t", "he"), ("i", "n"), ("e", "r"), ("a", "n"), ("o", "n"), ("r", "e"), ("o", "u"), ("Ġ", "the")]
+MERGES += [("i", "s"), ("Ġ", "is"), ("l", "l"), ("he", "ll")]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": EOS,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.2,  # large enough for logits to differ by more than rounding
+}
+
+
+def make_tiny_llama(folder: Path, *, seed: int = 0, **config_overrides: Any) -> Path:
+    """Write a random llama with a byte-level tokenizer and a ChatML template into `folder`, and return it.
+
+    Overrides are LlamaConfig's arguments. The same arguments give the same bytes.
+    """
+    config = LlamaConfig(**(DEFAULTS | config_overrides))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        _randomize_vectors(model)
+    ids = {"bos_token_id": BOS, "eos_token_id": config.eos_token_id, "pad_token_id": EOS}
+    model.generation_config = GenerationConfig.from_dict(ids)
+    model.save_pretrained(folder)
+    write_tiny_tokenizer(folder)
+    return folder
+
+
+def write_tiny_tokenizer(folder: Path) -> None:
+    """A byte-level BPE of 272 tokens: 3 special ones, 256 bytes, 13 merges."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in MERGES)]
+    model = BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=MERGES)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    description = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": DEFAULTS["max_position_embeddings"],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def _randomize_vectors(model: LlamaForCausalLM) -> None:
+    """Norm weights start at 1 and biases at 0; a mistake there must show."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
