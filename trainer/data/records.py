@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from lm.errors import UserError
+from lm.template import check_messages
 
 Messages = list[dict[str, str]]
 
 MAX_RECORD_BYTES = 4 << 20
-ROLES = ("system", "user", "assistant")
 INSTRUCT_COLUMNS = ("input", "output")
 COLUMNS = f'a record needs the columns "{INSTRUCT_COLUMNS[0]}" and "{INSTRUCT_COLUMNS[1]}", or "messages"'
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -87,25 +87,16 @@ def to_messages(record: object, where: str, *, param: str | None = None) -> Mess
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def _checked_messages(messages: object, where: str, param: str | None) -> Messages:
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f'{where}: "messages" must be a list with at least one message', param=param)
-    checked = [_message(value, f"{where}: messages[{index}]", param) for index, value in enumerate(messages)]
-    if all(message["role"] != "assistant" for message in checked):
+def _checked_messages(messages: Any, where: str, param: str | None) -> Messages:
+    try:
+        check_messages(messages)
+    except UserError as error:
+        raise DataError(f"{where}: {error}", param=param) from error
+    if all(message["role"] != "assistant" for message in messages):
         raise DataError(f'{where}: no message has the role "assistant", so there is nothing to learn', param=param)
-    return checked
-
-
-def _message(message: object, where: str, param: str | None) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise DataError(f'{where} must be an object with "role" and "content", not {_kind(message)}', param=param)
-    if missing := [key for key in ("role", "content") if key not in message]:
-        raise DataError(f"{where} lacks {_quoted(missing)}, found {_quoted(list(message))}", param=param)
-    if extra := [key for key in message if key not in ("role", "content")]:
-        raise DataError(f'{where} has {_quoted(extra)}: only "role" and "content" are supported', param=param)
-    if message["role"] not in ROLES:
-        raise DataError(f"{where}.role is {message['role']!r:.80}: must be one of {_quoted(ROLES)}", param=param)
-    return {"role": message["role"], "content": _text(message["content"], f"{where}.content", param)}
+    for index, message in enumerate(messages):
+        _text(message["content"], f"{where}: messages[{index}].content", param)
+    return list(messages)
 
 
 def _text(value: object, what: str, param: str | None) -> str:
