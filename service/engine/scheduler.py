@@ -9,7 +9,7 @@ requests are therefore always older than waiting ones, and both lists are in ord
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from service.engine.blocks import BlockPool, blocks_for
@@ -17,25 +17,25 @@ from service.engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillChunk:
-    """Tokens [start, end) of a request that is not decoding yet."""
+class Chunk:
+    """Tokens [start, end) of a request: one while it decodes, a part of its prompt before that."""
 
     sequence: Sequence
     start: int
     end: int
-    is_last: bool
-    """The next token is sampled after this chunk."""
+    samples: bool
+    """No token is left after these, so the next one is sampled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    decode: tuple[Sequence, ...]
-    prefill: PrefillChunk | None
+    decode: tuple[Chunk, ...]
+    prefill: Chunk | None
     num_preempted: int
 
     @property
-    def sequences(self) -> tuple[Sequence, ...]:
-        return self.decode if self.prefill is None else (*self.decode, self.prefill.sequence)
+    def chunks(self) -> tuple[Chunk, ...]:
+        return self.decode if self.prefill is None else (*self.decode, self.prefill)
 
 
 class Scheduler:
@@ -73,22 +73,20 @@ class Scheduler:
         self._release(sequence)
 
     def schedule(self) -> Step:
-        """Decide the next step. Its result goes to `commit`, or each of its sequences to `remove`."""
+        """Decide the next step. Its result goes to `commit`; where it failed, its sequences go to `remove`."""
         num_preempted = self._grow()
         self._admit()
+        decode = tuple(self._chunk(sequence) for sequence in self._running if sequence.is_decoding)
         prefill = next((self._chunk(sequence) for sequence in self._running if not sequence.is_decoding), None)
-        decode = tuple(sequence for sequence in self._running if sequence.is_decoding)
         return Step(decode=decode, prefill=prefill, num_preempted=num_preempted)
 
-    def commit(self, step: Step, sampled: Mapping[str, int], now: float) -> list[Sequence]:
-        """Append the sampled tokens, by request id. Returns the requests that got one; finished ones are removed."""
-        for sequence in step.decode:
-            sequence.num_computed += 1
-        if step.prefill is not None:
-            step.prefill.sequence.num_computed = step.prefill.end
-        grown = [sequence for sequence in step.sequences if sequence.request_id in sampled]
-        for sequence in grown:
-            sequence.append(sampled[sequence.request_id], now)
+    def commit(self, step: Step, token_ids: Iterable[int], now: float) -> list[Sequence]:
+        """Append a token to each sequence whose chunk samples, in order, and return these. Finished ones are removed."""
+        for chunk in step.chunks:
+            chunk.sequence.num_computed = chunk.end
+        grown = [chunk.sequence for chunk in step.chunks if chunk.samples]
+        for sequence, token_id in zip(grown, token_ids, strict=True):
+            sequence.append(token_id, now)
             if sequence.finish_reason is not None:
                 self.remove(sequence)
         return grown
@@ -137,10 +135,10 @@ class Scheduler:
         sequence.blocks += self.pool.allocate(needed)
         self._running.append(sequence)
 
-    def _chunk(self, sequence: Sequence) -> PrefillChunk:
+    def _chunk(self, sequence: Sequence) -> Chunk:
         start = sequence.num_computed
         end = min(sequence.num_tokens, start + self._prefill_chunk)
-        return PrefillChunk(sequence=sequence, start=start, end=end, is_last=end == sequence.num_tokens)
+        return Chunk(sequence=sequence, start=start, end=end, samples=end == sequence.num_tokens)
 
     def _blocks_for(self, sequence: Sequence) -> int:
         return blocks_for(sequence.num_tokens, self._block_size)

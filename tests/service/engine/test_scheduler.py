@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from service.engine.blocks import BlockPool, blocks_for
 from service.engine.messages import SamplingParams
-from service.engine.scheduler import Scheduler, Step
+from service.engine.scheduler import Chunk, Scheduler, Step
 from service.engine.sequence import Sequence
 
 BLOCK_SIZE = 4
@@ -35,10 +35,11 @@ def scheduler(num_blocks: int = 64, *, max_num_seqs: int = 4, prefill_chunk: int
 
 def run_step(subject: Scheduler, token: int = 7) -> tuple[Step, list[Sequence]]:
     step = subject.schedule()
-    sampled = {s.request_id: token for s in step.decode}
-    if step.prefill is not None and step.prefill.is_last:
-        sampled[step.prefill.sequence.request_id] = token
-    return step, subject.commit(step, sampled, 0.0)
+    return step, subject.commit(step, [token for chunk in step.chunks if chunk.samples], 0.0)
+
+
+def names(chunks: tuple[Chunk, ...]) -> list[str]:
+    return [chunk.sequence.request_id for chunk in chunks]
 
 
 def test_a_long_prompt_is_computed_in_chunks_while_the_others_decode() -> None:
@@ -49,9 +50,9 @@ def test_a_long_prompt_is_computed_in_chunks_while_the_others_decode() -> None:
     chunks = []
     for _ in range(3):
         step, _ = run_step(subject)
-        assert [s.request_id for s in step.decode] == ["short"]
+        assert names(step.decode) == ["short"]
         assert step.prefill is not None
-        chunks.append((step.prefill.start, step.prefill.end, step.prefill.is_last))
+        chunks.append((step.prefill.start, step.prefill.end, step.prefill.samples))
     assert chunks == [(0, 8, False), (8, 16, False), (16, 20, True)]
 
 
@@ -62,7 +63,7 @@ def test_no_more_than_max_num_seqs_run_and_the_oldest_go_first() -> None:
     started = []
     while not subject.is_idle:
         step, _ = run_step(subject)
-        assert len(step.sequences) <= 2
+        assert len(step.chunks) <= 2
         if step.prefill is not None:
             started.append(step.prefill.sequence.request_id)
     assert started == ["0", "1", "2", "3"]
@@ -165,9 +166,7 @@ class Simulation:
 
     def step(self) -> None:
         step, grown = run_step(self.subject)
-        for member in step.sequences:
-            if member.request_id not in self.started:
-                self.started.append(member.request_id)
+        self.started += [name for name in names(step.chunks) if name not in self.started]
         self.finished |= {s.request_id for s in grown if s.finish_reason}
         self.check()
 
