@@ -171,6 +171,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     decode_bytes: int
     device_memory_bytes: int
     num_preempted: int = 0
+    num_sampled: int = 0
+    """Tokens generated in this step: one for each decoding request, and one where a prefill ended."""
 
 
 class StepOutput(Message, frozen=True):

@@ -1,0 +1,236 @@
+"""What GET /metrics tells, in Prometheus' text form. vLLM's names and buckets for what vLLM has, `tuneserve:` else.
+
+`model_name` is the base model: the checkpoint that answers changes with every fine-tuning, and is told by
+`tuneserve:weights_info`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from service.engine.messages import EngineReady, RequestTiming, StepStats
+from service.jobs.job import Status
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+WINDOW_S = 10.0
+
+AbortCause = Literal["client", "engine", "shutdown", "error"]
+SwapResult = Literal["succeeded", "failed"]
+MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
+
+TTFT = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+    2560,
+)
+INTER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
+
+
+@dataclass(slots=True)
+class Rates:
+    """Work per second of work over the last seconds; 0 when there was none."""
+
+    clock: Callable[[], float] = time.monotonic
+    samples: deque[tuple[float, float, float]] = field(default_factory=deque)
+    """(when, amount, seconds it took)"""
+
+    def add(self, amount: float, seconds: float) -> None:
+        if seconds > 0:
+            self.samples.append((self.clock(), amount, seconds))
+            self._forget()
+
+    def rate(self) -> float:
+        self._forget()
+        seconds = sum(sample[2] for sample in self.samples)
+        return sum(sample[1] for sample in self.samples) / seconds if seconds else 0.0
+
+    def _forget(self) -> None:
+        while self.samples and self.samples[0][0] < self.clock() - WINDOW_S:
+            self.samples.popleft()
+
+
+class Metrics:
+    """One registry for one service. Every label value that can occur is there from the start, at 0."""
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._peak_bandwidth = 0.0
+        self._num_blocks = 0
+        self._decode, self._prefill, self._bytes = Rates(), Rates(), Rates()
+        self._define_engine()
+        self._define_requests()
+        self._define_ours()
+
+    def _define_engine(self) -> None:
+        self.running = self._vllm(Gauge, "num_requests_running", "Requests that the engine computes.")
+        self.waiting = self._vllm(Gauge, "num_requests_waiting", "Requests that wait for a place in the batch.")
+        self.cache_usage = self._vllm(Gauge, "kv_cache_usage_perc", "Used share of the KV cache; 1 is all of it.")
+        self.cache_config = Gauge(
+            "vllm:cache_config_info", "Size of the KV cache.", ["block_size", "num_gpu_blocks"], registry=self.registry
+        )
+        self.preemptions = self._vllm(Counter, "num_preemptions", "Requests put back for want of cache blocks.")
+        self.read_bytes = self._vllm(Counter, "estimated_read_bytes_per_gpu", "Bytes that decoding read.")
+        self.iteration = self._vllm(
+            Histogram, "iteration_tokens_total", "Tokens per engine step, prompts included.", ITERATION_TOKENS
+        )
+
+    def _define_requests(self) -> None:
+        self.prompt_tokens = self._vllm(Counter, "prompt_tokens", "Prompt tokens of requests that got a token.")
+        self.generation_tokens = self._vllm(Counter, "generation_tokens", "Generated tokens.")
+        self.success = Counter(
+            "vllm:request_success",
+            "Finished requests.",
+            [*self._labels, "finished_reason"],
+            registry=self.registry,
+        )
+        for reason in ("stop", "length", "abort"):
+            self.success.labels(**self._labels, finished_reason=reason)
+        self.ttft = self._vllm(Histogram, "time_to_first_token_seconds", "Request to first token.", TTFT)
+        self.inter_token = self._vllm(Histogram, "inter_token_latency_seconds", "Token to next token.", INTER_TOKEN)
+        self.e2e = self._vllm(Histogram, "e2e_request_latency_seconds", "Request to last token.", LATENCY)
+        self.phases = {
+            name: self._vllm(Histogram, f"request_{name}_time_seconds", f"Time of the {name} phase.", LATENCY)
+            for name in ("queue", "prefill", "decode", "inference")
+        }
+        self.request_prompt = self._vllm(Histogram, "request_prompt_tokens", "Prompt tokens per request.", TOKENS)
+        self.request_generation = self._vllm(
+            Histogram, "request_generation_tokens", "Generated tokens per request.", TOKENS
+        )
+        self.max_tokens = self._vllm(Histogram, "request_params_max_tokens", "max_tokens of requests.", TOKENS)
+
+    def _define_ours(self) -> None:
+        self._rate("decode_tokens_per_second", "Generated tokens per second of decoding.", self._decode.rate)
+        self._rate("prefill_tokens_per_second", "Prompt tokens per second of prefilling.", self._prefill.rate)
+        self._rate("bandwidth_bytes_per_second", "Bytes read per second of decoding.", self._bytes.rate)
+        self._rate("bandwidth_utilization_ratio", "Share of the device's peak bandwidth.", self._utilization)
+        self.memory = self._ours(Gauge, "device_memory_bytes", "Device memory that the engine holds.")
+        self.weights = self._ours(Gauge, "weights_info", "The served weights.", ["model", "weights_hash"])
+        self.swaps = self._ours(Counter, "weights_swaps", "Changes of the served weights.", ["result"])
+        self.swap_seconds = self._ours(Histogram, "weights_swap_seconds", "Time of a change of weights.")
+        self.aborted = self._ours(Counter, "requests_aborted", "Requests that ended without an answer.", ["cause"])
+        self.job_counts = self._ours(Gauge, "jobs", "Fine-tuning jobs.", ["status"])
+        self.train_loss = self._ours(Gauge, "train_loss", "Loss of the newest training step.")
+        self.train_step = self._ours(Gauge, "train_step", "The newest training step.")
+        self.train_tokens = self._ours(Gauge, "train_tokens_per_second", "Speed of the newest training step.", ["kind"])
+        for metric, values in (
+            (self.swaps, get_args(SwapResult)),
+            (self.aborted, get_args(AbortCause)),
+            (self.job_counts, get_args(Status)),
+            (self.train_tokens, ("trained", "processed")),
+        ):
+            for value in values:
+                metric.labels(value)
+
+    # ---- the engine
+
+    def engine_ready(self, ready: EngineReady) -> None:
+        self._peak_bandwidth = ready.peak_bandwidth
+        self._num_blocks = ready.num_blocks
+        self.cache_config.clear()
+        self.cache_config.labels(ready.block_size, ready.num_blocks).set(1)
+
+    def engine_gone(self) -> None:
+        """Nothing runs where there is no engine."""
+        for gauge in (self.running, self.waiting, self.cache_usage, self.memory):
+            gauge.set(0)
+
+    def step(self, stats: StepStats) -> None:
+        self.running.set(stats.num_running)
+        self.waiting.set(stats.num_waiting)
+        self.cache_usage.set(stats.used_blocks / self._num_blocks if self._num_blocks else 0)
+        self.memory.set(stats.device_memory_bytes)
+        self.preemptions.inc(stats.num_preempted)
+        self.read_bytes.inc(stats.decode_bytes)
+        self._decode.add(stats.decode_tokens, stats.decode_s)
+        self._prefill.add(stats.prefill_tokens, stats.prefill_s)
+        self._bytes.add(stats.decode_bytes, stats.decode_s)
+        if tokens := stats.prefill_tokens + stats.num_sampled:
+            self.iteration.observe(tokens)
+
+    # ---- requests
+
+    def request_finished(self, reason: str, *, prompt_tokens: int, generated_tokens: int, seconds: float) -> None:
+        self.success.labels(**self._labels, finished_reason=reason).inc()
+        self.request_prompt.observe(prompt_tokens)
+        self.request_generation.observe(generated_tokens)
+        self.e2e.observe(seconds)
+
+    def request_phases(self, timing: RequestTiming) -> None:
+        self.phases["queue"].observe(timing.queue_s)
+        self.phases["prefill"].observe(timing.prefill_s)
+        self.phases["decode"].observe(timing.decode_s)
+        self.phases["inference"].observe(timing.prefill_s + timing.decode_s)
+
+    def request_aborted(self, cause: AbortCause) -> None:
+        self.aborted.labels(cause).inc()
+
+    # ---- jobs and weights
+
+    def serving(self, model: str, weights_hash: str) -> None:
+        self.weights.clear()
+        self.weights.labels(model, weights_hash).set(1)
+
+    def swap(self, result: SwapResult, seconds: float) -> None:
+        self.swaps.labels(result).inc()
+        self.swap_seconds.observe(seconds)
+
+    def jobs(self, counts: Mapping[str, int]) -> None:
+        for status in get_args(Status):
+            self.job_counts.labels(status).set(counts.get(status, 0))
+
+    def job_step(self, event: Mapping[str, Any]) -> None:
+        """Take a `step` event of a trainer."""
+        self.train_loss.set(event["loss"])
+        self.train_step.set(event["step"])
+        self.train_tokens.labels("trained").set(event["trained_tokens_per_second"])
+        self.train_tokens.labels("processed").set(event["processed_tokens_per_second"])
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+    # ---- how they are made
+
+    def _vllm(
+        self, kind: type[MetricT], name: str, documentation: str, buckets: tuple[float, ...] | None = None
+    ) -> MetricT:
+        options: dict[str, Any] = {} if buckets is None else {"buckets": buckets}
+        metric = kind(f"vllm:{name}", documentation, list(self._labels), registry=self.registry, **options)
+        return metric.labels(**self._labels)
+
+    def _ours(self, kind: type[MetricT], name: str, documentation: str, labels: list[str] | None = None) -> MetricT:
+        return kind(f"tuneserve:{name}", documentation, labels or [], registry=self.registry)
+
+    def _rate(self, name: str, documentation: str, read: Callable[[], float]) -> None:
+        self._ours(Gauge, name, documentation).set_function(read)
+
+    def _utilization(self) -> float:
+        return self._bytes.rate() / self._peak_bandwidth if self._peak_bandwidth else 0.0
