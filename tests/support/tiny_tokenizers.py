@@ -89,7 +89,7 @@ def _train(tokenizer: Tokenizer, specials: list[str]) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(CORPUS * 2, trainer)
     return tokenizer
 
 
@@ -99,7 +99,7 @@ def _zephyr() -> Tokenizer:
     trained = Tokenizer(models.BPE())
     trained.normalizer = spaces
     trainer = trainers.BpeTrainer(vocab_size=500, show_progress=False)
-    trained.train_from_iterator([line for text in CORPUS for line in text.split("\n")], trainer)
+    trained.train_from_iterator([line for text in CORPUS * 2 for line in text.split("\n")], trainer)
     learned = json.loads(trained.to_str())["model"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned["vocab"]]
     vocab = {token: index for index, token in enumerate(tokens)}
