@@ -63,15 +63,21 @@ class ApiError(HTTPException):
 
     def body(self) -> bytes:
         """The error object as JSON."""
-        detail = {"message": _printable(self.detail), "type": self.type, "param": self.param, "code": self.code}
-        if self.param is not None:
-            detail["param"] = _printable(self.param)
+        param = None if self.param is None else _printable(self.param)
+        detail = {"message": _printable(self.detail), "type": self.type, "param": param, "code": self.code}
         return msgspec.json.encode({"error": detail})
 
 
 def unavailable(message: str, *, retry_after: int = 1) -> ApiError:
     """503: loading, draining, or no engine. Worth another try."""
     return ApiError(503, message, retry_after=retry_after)
+
+
+def conflict(message: str, *, param: str | None = None) -> ApiError:
+    """409: the state of the thing does not allow this. The SDK is told not to repeat the request."""
+    error = ApiError(409, message, param=param)
+    error.headers = {"x-should-retry": "false"}
+    return error
 
 
 def as_api_error(error: Exception) -> ApiError:
