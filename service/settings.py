@@ -77,6 +77,10 @@ class Settings(Strict):
     """Largest JSON body; a larger one gets 413."""
     max_upload_size: Size = 512 << 20
     """Largest uploaded file."""
+    max_job_restarts: Annotated[int, Field(ge=0, le=100)] = 3
+    """How often a job begins again because the service was stopped while it ran."""
+    cancel_grace_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
+    """How long a trainer may take to end by itself, after a cancel or a stop of the service, before it is killed."""
     drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long running requests may go on after the service was asked to stop."""
 
