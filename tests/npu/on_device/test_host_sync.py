@@ -18,6 +18,9 @@ WAYS_TO_WAIT: dict[str, Callable[[torch.Tensor], object]] = {
     "cpu": lambda x: x.cpu(),
     "to the host": lambda x: x.to("cpu", torch.float64),
     "copy into a host tensor": lambda x: torch.empty(4).copy_(x),
+    "tensor of numbers": lambda x: torch.tensor([1.0], device=x.device),
+    "to the device": lambda x: torch.ones(3).to(x.device),
+    "index on the host": lambda x: x[torch.tensor([1, 2])],
     "nonzero": lambda x: x.nonzero(),
     "masked_select": lambda x: x.masked_select(x > 1),
     "read by mask": lambda x: x[x > 1],
@@ -50,31 +53,35 @@ def test_a_host_sync_is_counted_and_can_be_forbidden(name: str, npu: SimulatedNp
 
 def test_work_on_the_device_is_no_host_sync(npu: SimulatedNpu) -> None:
     x = four()
-    with npu.statistics.forbid_host_sync("a test"):
+    host = torch.ones(4)
+    npu.statistics.reset()
+    with npu.statistics.forbid_host_sync("a test", uploads=1):
         y = torch.where(x > 1, x * x.sum(), x.argmax())
-        x[torch.tensor([1], device="npu")] = y[:1]
+        x[torch.zeros(1, dtype=torch.int64, device="npu")] = y[:1]
         torch.topk(y.softmax(-1).cumsum(-1), 2).indices.gather(0, torch.zeros(1, dtype=torch.int64, device="npu"))
-        torch.ones(4).to("npu")
+        x.copy_(host, non_blocking=True)
     assert not npu.statistics.syncs
 
 
-def test_a_ban_leaves_as_many_downloads_as_it_says(npu: SimulatedNpu) -> None:
-    x = four()
-    with npu.statistics.forbid_host_sync("a step", downloads=1):
+def test_a_ban_leaves_as_many_copies_as_it_says(npu: SimulatedNpu) -> None:
+    x, host = four(), torch.ones(4)
+    npu.statistics.reset()
+    with npu.statistics.forbid_host_sync("a step", uploads=1, downloads=1):
+        x.copy_(host)
         x.cpu()
-        with pytest.raises(HostSyncError, match="a step"):
+        with pytest.raises(HostSyncError, match="one download more than allowed in a step"):
             x.cpu()
-    x.cpu()
-    assert npu.statistics.downloads == 2
+        with pytest.raises(HostSyncError, match="one upload more than allowed in a step"):
+            x.copy_(host)
+    assert npu.statistics.copies == {"upload": 1, "download": 1}
 
 
 def test_copies_are_counted_by_direction(npu: SimulatedNpu) -> None:
     x = four()
     x.clone()
     torch.empty(4).copy_(x, non_blocking=True)
-    statistics = npu.statistics
-    assert (statistics.uploads, statistics.moves, statistics.downloads) == (1, 1, 1)
-    assert not statistics.syncs
+    assert npu.statistics.copies == {"upload": 1, "move": 1, "download": 1}
+    assert npu.statistics.syncs == {"upload": 1}
 
 
 def test_calls_are_counted_by_operator(npu: SimulatedNpu) -> None:

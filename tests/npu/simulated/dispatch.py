@@ -93,13 +93,11 @@ class Transfers:
 
     def _count(self, destination: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> None:
         if is_on_device(destination) and is_on_device(source):
-            self._statistics.moves += 1
+            self._statistics.copies["move"] += 1
             return
         self._recorder.refuse_host_copy()
-        if is_on_device(destination):
-            self._statistics.uploads += 1
-        else:
-            self._statistics.download(blocking=not non_blocking)
+        direction = "upload" if is_on_device(destination) else "download"
+        self._statistics.host_copy(direction, blocking=not non_blocking)
 
 
 def _seen_from_host(tensor: torch.Tensor) -> torch.Tensor:

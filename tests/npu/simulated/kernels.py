@@ -136,7 +136,8 @@ class HostKernels:
                 f"(in {traits.name})"
             )
         self.recorder.refuse_host_copy()
-        self.statistics.uploads += translation.num_host_tensors
+        for _ in range(translation.num_host_tensors):
+            self.statistics.host_copy("upload", blocking=True)
 
     def _fill(self, device: torch.Tensor, host: torch.Tensor) -> None:
         resize(self.memory, device, host.size())
