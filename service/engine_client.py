@@ -1,0 +1,275 @@
+"""The engine process as the rest of the API process sees it: requests in, tokens out, restarts after a death.
+
+Torch-free. What requests raise is in `service.engine_stream`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal
+
+from service.engine.messages import (
+    AbortRequest,
+    AddRequest,
+    EngineConfig,
+    EngineReady,
+    Event,
+    LoadModel,
+    ModelLoaded,
+    ModelLoadFailed,
+    ModelUnloaded,
+    RequestFailed,
+    Shutdown,
+    StepOutput,
+    StepStats,
+    TokenOutput,
+    UnloadModel,
+)
+from service.engine_process import EngineProcess, describe_exit
+from service.engine_stream import (
+    FAILURES,
+    EngineError,
+    EngineUnavailable,
+    ModelLoadError,
+    ModelUnavailable,
+    Outputs,
+    RequestCrashed,
+    RequestRejected,
+    TokenStream,
+)
+
+__all__ = [
+    "EngineClient",
+    "EngineError",
+    "EngineUnavailable",
+    "ModelLoadError",
+    "ModelUnavailable",
+    "RequestCrashed",
+    "RequestRejected",
+    "TokenStream",
+]
+
+logger = logging.getLogger(__name__)
+
+State = Literal["starting", "ready", "dead", "stopped"]
+
+DEATH_GRACE_S = 1.0
+"""How long a process that closed its socket may take to exit, before its requests are failed."""
+STOP_GRACE_S = 5.0
+FIRST_DELAY_S = 0.5
+LONGEST_DELAY_S = 30.0
+STEADY_S = 60.0
+"""A process that lived so long is restarted with the shortest delay again."""
+
+
+class EngineClient:
+    """Owns the engine process. Not thread-safe: use it from one event loop."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        on_ready: Callable[[EngineReady], Awaitable[None]],
+        on_stats: Callable[[StepStats], None],
+    ) -> None:
+        """`on_ready` is awaited after each start: a new process holds no weights. `on_stats` is called each step."""
+        self.config = config
+        self.state: State = "stopped"
+        self.ready: EngineReady | None = None
+        self.stats: StepStats | None = None
+        self.restarts = 0
+        self.failure: str | None = None
+        """Why the last process died, with the end of its log; None since the engine is ready."""
+        self._on_ready = on_ready
+        self._on_stats = on_stats
+        self._process: EngineProcess | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._is_stopping = False
+        self._first_outcome: asyncio.Future[None] | None = None
+        self._greeting: asyncio.Task[None] | None = None
+        self._requests: dict[str, Outputs] = {}
+        self._loads: dict[str, asyncio.Future[ModelLoaded]] = {}
+        self._unloads: dict[str, asyncio.Future[None]] = {}
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> None:
+        """Start the process and wait until it is ready and `on_ready` has returned, or until it has died.
+
+        An engine that refuses its configuration stays dead, with the reason in `failure`; one that dies otherwise is
+        started again. What `on_ready` raises the first time is raised here.
+        """
+        self._first_outcome = asyncio.get_running_loop().create_future()
+        self._supervisor = asyncio.create_task(self._supervise())
+        await self._first_outcome
+
+    async def stop(self) -> None:
+        """End the process; requests still open end with `abort`."""
+        self.state = "stopped"
+        self._is_stopping = True
+        if self._supervisor is None:
+            return
+        if self._process is not None:
+            self._process.send(Shutdown())
+            await asyncio.wait([self._supervisor], timeout=STOP_GRACE_S)
+        self._supervisor.cancel()
+        await asyncio.wait([self._supervisor])
+
+    def submit(self, request: AddRequest) -> TokenStream:
+        """Send a request before returning; its tokens come from the stream. Raises EngineUnavailable."""
+        process = self._running_process()
+        request_id = request.request_id
+        if request_id in self._requests:
+            raise ValueError(f"the request id {request_id!r} is in use")
+        process.send(request)
+        outputs: Outputs = asyncio.Queue()
+        self._requests[request_id] = outputs
+        return TokenStream(outputs, lambda: self._abort(request_id))
+
+    async def load_model(self, command: LoadModel, /) -> ModelLoaded:
+        """Load weights. Raises ModelLoadError with the reason, EngineUnavailable.
+
+        What the command replaces stays until the caller's code up to its next await has run, so a caller that
+        changes its pointer there sends no request to weights that are gone.
+        """
+        process = self._running_process()
+        future = self._loads.get(command.model_id)
+        if future is None:
+            future = self._loads[command.model_id] = asyncio.get_running_loop().create_future()
+            process.send(command)
+        loaded = await asyncio.shield(future)
+        if command.replaces not in (None, command.model_id):
+            asyncio.get_running_loop().call_soon(process.send, UnloadModel(model_id=command.replaces))
+        return loaded
+
+    async def unload_model(self, model_id: str) -> None:
+        """Drop weights; returns when their last request has finished. Raises EngineUnavailable."""
+        process = self._running_process()
+        future = self._unloads.get(model_id)
+        if future is None:
+            future = self._unloads[model_id] = asyncio.get_running_loop().create_future()
+            process.send(UnloadModel(model_id=model_id))
+        await asyncio.shield(future)
+
+    def _running_process(self) -> EngineProcess:
+        if self._process is None or self.ready is None:
+            reason = f": {self.failure}" if self.failure else ""
+            raise EngineUnavailable(f"the engine is {self.state}{reason}")
+        return self._process
+
+    def _abort(self, request_id: str) -> None:
+        if self._requests.pop(request_id, None) is not None and self._process is not None:
+            self._process.send(AbortRequest(request_id=request_id))
+
+    # ---- the life of the process
+
+    async def _supervise(self) -> None:
+        clock = asyncio.get_running_loop().time
+        delay = FIRST_DELAY_S
+        while True:
+            self.state = "starting"
+            begin = clock()
+            code = await self._live()
+            if self._is_stopping or code == os.EX_CONFIG:
+                return
+            delay = FIRST_DELAY_S if clock() - begin > STEADY_S else min(2 * delay, LONGEST_DELAY_S)
+            logger.error("the engine is started again in %.1f s", delay)
+            await asyncio.sleep(delay)
+            self.restarts += 1
+
+    async def _live(self) -> int:
+        """One process from its start to its end. Returns its exit code."""
+        self._process = process = await EngineProcess.start()
+        try:
+            process.send(self.config)
+            while (event := await process.receive()) is not None:
+                self._take(event)
+        finally:
+            self.ready = None
+            code = await process.end(DEATH_GRACE_S)
+            self._process = None
+            self._bury(describe_exit(code), process.log_tail)
+        if self._greeting is not None:
+            await asyncio.wait([self._greeting])
+        return code
+
+    def _bury(self, exit_: str, log_tail: str) -> None:
+        """Fail everything that waited for the process."""
+        if not self._is_stopping:
+            self.state = "dead"
+            self.failure = f"the engine ended with {exit_}; its last lines:\n{log_tail}"
+            logger.error("%s", self.failure)
+        error = EngineUnavailable(f"the engine ended with {exit_}")
+        for outputs in self._requests.values():
+            outputs.put_nowait(error)
+        for load in self._loads.values():
+            _fail(load, error)
+        for unload in self._unloads.values():
+            _fail(unload, error)
+        self._requests.clear()
+        self._loads.clear()
+        self._unloads.clear()
+        self._settle(None)
+
+    def _settle(self, greeting: asyncio.Task[None] | None) -> None:
+        """Let `start` return, or raise what `on_ready` raised."""
+        assert self._first_outcome is not None
+        error = None if greeting is None or greeting.cancelled() else greeting.exception()
+        if not self._first_outcome.done():
+            if error is None:
+                self._first_outcome.set_result(None)
+            else:
+                self._first_outcome.set_exception(error)
+        elif error is not None:
+            logger.error("the engine is ready, and then failed to load what serves", exc_info=error)
+
+    # ---- events
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case StepOutput():
+                self._take_step(event)
+            case RequestFailed():
+                self._put(event.request_id, FAILURES[event.kind](event.message))
+            case EngineReady():
+                self._take_ready(event)
+            case ModelLoaded():
+                if (load := self._loads.pop(event.model_id, None)) is not None:
+                    load.set_result(event)
+            case ModelLoadFailed():
+                if (load := self._loads.pop(event.model_id, None)) is not None:
+                    _fail(load, ModelLoadError(event.message))
+            case ModelUnloaded():
+                if (unload := self._unloads.pop(event.model_id, None)) is not None:
+                    unload.set_result(None)
+
+    def _take_ready(self, event: EngineReady) -> None:
+        self.state = "ready"
+        self.ready = event
+        self.failure = None
+        self._greeting = asyncio.ensure_future(self._on_ready(event))
+        self._greeting.add_done_callback(self._settle)
+
+    def _take_step(self, event: StepOutput) -> None:
+        self.stats = event.stats
+        for output in event.outputs:
+            self._put(output.request_id, output)
+        self._on_stats(event.stats)
+
+    def _put(self, request_id: str, item: TokenOutput | EngineError) -> None:
+        """An output of a request that was aborted meanwhile is dropped."""
+        is_last = isinstance(item, EngineError) or item.finish_reason is not None
+        outputs = self._requests.pop(request_id, None) if is_last else self._requests.get(request_id)
+        if outputs is not None:
+            outputs.put_nowait(item)
+
+
+def _fail(future: asyncio.Future[Any], error: EngineError) -> None:
+    """Whoever waits shields the future, so it is never done before; and by now nobody may wait."""
+    future.set_exception(error)
+    future.exception()
