@@ -1,0 +1,150 @@
+"""The service's one SQLite file: how it is opened, upgraded and locked. Knows no job and no checkpoint.
+
+One connection, owned by the service and used from its event loop: the calls are short, and WAL keeps them so.
+Paths in it are relative to the home folder where they lie inside it, so that a home can be moved.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lm.errors import UserError
+
+TABLES = """
+CREATE TABLE jobs (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    status TEXT NOT NULL,
+    model TEXT NOT NULL,
+    options TEXT NOT NULL,
+    data_files TEXT NOT NULL,
+    file_id TEXT,
+    suffix TEXT NOT NULL,
+    promote TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    started_at REAL,
+    finished_at REAL,
+    attempt INTEGER NOT NULL DEFAULT 1,
+    pid INTEGER,
+    events_offset INTEGER NOT NULL DEFAULT 0,
+    cancel_requested INTEGER NOT NULL DEFAULT 0,
+    progress TEXT NOT NULL DEFAULT '{}',
+    error TEXT,
+    fine_tuned_model TEXT
+);
+CREATE INDEX jobs_by_status ON jobs (status);
+CREATE TABLE job_events (
+    job_id TEXT NOT NULL REFERENCES jobs (id),
+    seq INTEGER NOT NULL,
+    type TEXT NOT NULL,
+    time REAL NOT NULL,
+    data TEXT NOT NULL,
+    PRIMARY KEY (job_id, seq)
+) WITHOUT ROWID;
+CREATE TABLE entries (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    base TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    folder TEXT,
+    job_id TEXT REFERENCES jobs (id),
+    step INTEGER,
+    created_at REAL NOT NULL,
+    train_loss REAL,
+    validation_loss REAL
+);
+CREATE TABLE promotions (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    entry_id TEXT NOT NULL REFERENCES entries (id),
+    reason TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    undone_at REAL
+);
+CREATE TABLE files (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    filename TEXT NOT NULL,
+    purpose TEXT NOT NULL,
+    bytes INTEGER NOT NULL,
+    created_at REAL NOT NULL
+);
+"""
+
+
+def _create_tables(connection: sqlite3.Connection) -> None:
+    for statement in TABLES.split(";\n"):
+        connection.execute(statement)
+
+
+MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_create_tables]
+"""Migration N brings a database from user_version N to N + 1. Append only."""
+
+
+class Database:
+    """An open database. Only one process at a time may have it: two supervisors would adopt each other's trainers."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create, and upgrade. Raises UserError when another service uses it, or a newer one wrote it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = path.with_suffix(".lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise UserError(
+                f"another service is running on {path.parent}; stop it, or choose another home", param="home"
+            ) from None
+        self.connection = sqlite3.connect(path, isolation_level=None)
+        self.connection.row_factory = sqlite3.Row
+        try:
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self) -> None:
+        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON", "busy_timeout = 5000"):
+            self.connection.execute(f"PRAGMA {pragma}")
+        (version,) = self.connection.execute("PRAGMA user_version").fetchone()
+        if version > len(MIGRATIONS):
+            raise UserError(f"the database has version {version}, this service knows {len(MIGRATIONS)}: upgrade it")
+        for number, migrate in enumerate(MIGRATIONS[version:], start=version + 1):
+            with self.transaction():
+                migrate(self.connection)
+                self.connection.execute(f"PRAGMA user_version = {number}")
+
+    def close(self) -> None:
+        self.connection.close()
+        self._lock.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing; inside another transaction it joins that one."""
+        if self.connection.in_transaction:
+            yield
+            return
+        self.connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self.connection.execute("ROLLBACK")
+            raise
+        self.connection.execute("COMMIT")
+
+    def insert(self, table: str, *, unless_there: bool = False, **columns: Any) -> None:
+        """Table and column names come from code, never from a request."""
+        names, places = ", ".join(columns), ", ".join(f":{name}" for name in columns)
+        conflict = " ON CONFLICT (id) DO NOTHING" if unless_there else ""
+        self.connection.execute(f"INSERT INTO {table} ({names}) VALUES ({places}){conflict}", columns)
+
+    def rows(self, query: str, *parameters: Any) -> list[sqlite3.Row]:
+        return self.connection.execute(query, parameters).fetchall()
+
+    def row(self, query: str, *parameters: Any) -> sqlite3.Row | None:
+        found: sqlite3.Row | None = self.connection.execute(query, parameters).fetchone()
+        return found

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from lm.errors import UserError
+from service import database
+from service.database import MIGRATIONS, Database
+
+
+def test_a_new_database_has_the_newest_version_and_survives_reopening(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "tuneserve.db"
+    first = Database(path)
+    first.insert("files", id="file-1", filename="a", purpose="fine-tune", bytes=1, created_at=1.0)
+    first.close()
+    second = Database(path)
+    assert [row["id"] for row in second.rows("SELECT id FROM files")] == ["file-1"]
+    assert second.rows("PRAGMA user_version")[0][0] == len(MIGRATIONS)
+    assert second.rows("PRAGMA journal_mode")[0][0] == "wal"
+    assert second.rows("PRAGMA foreign_keys")[0][0] == 1
+    second.close()
+
+
+def test_one_process_at_a_time_may_have_it(tmp_path: Path) -> None:
+    first = Database(tmp_path / "tuneserve.db")
+    with pytest.raises(UserError, match="another service is running"):
+        Database(tmp_path / "tuneserve.db")
+    first.close()
+    Database(tmp_path / "tuneserve.db").close()
+
+
+def test_a_database_of_a_newer_service_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "tuneserve.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 1000")
+    connection.close()
+    with pytest.raises(UserError, match="version 1000"):
+        Database(path)
+    with pytest.raises(UserError, match="version 1000"):  # and not "another service is running"
+        Database(path)
+
+
+def test_an_upgrade_runs_what_is_new_and_a_failing_one_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tuneserve.db"
+    Database(path).close()
+
+    def half(connection: sqlite3.Connection) -> None:
+        connection.execute("CREATE TABLE half (x)")
+        raise RuntimeError("no more power")
+
+    monkeypatch.setattr(database, "MIGRATIONS", [*MIGRATIONS, half])
+    with pytest.raises(RuntimeError):
+        Database(path)
+    monkeypatch.setattr(database, "MIGRATIONS", [*MIGRATIONS, lambda c: c.execute("CREATE TABLE half (x)")])
+    upgraded = Database(path)
+    assert upgraded.rows("SELECT * FROM half") == []
+    upgraded.close()
+
+
+def test_a_transaction_is_undone_as_a_whole_also_from_inside_another(tmp_path: Path) -> None:
+    opened = Database(tmp_path / "tuneserve.db")
+
+    def insert(name: str) -> None:
+        opened.insert("files", id=name, filename="a", purpose="fine-tune", bytes=1, created_at=1.0)
+
+    def insert_twice() -> None:
+        with opened.transaction():
+            insert("file-1")
+            with opened.transaction():
+                insert("file-2")
+            insert("file-1")
+
+    with pytest.raises(sqlite3.IntegrityError):
+        insert_twice()
+    assert opened.rows("SELECT * FROM files") == []
+    opened.close()
