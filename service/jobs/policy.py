@@ -1,0 +1,59 @@
+"""What the supervisor decides, as plain functions: which job starts next, and how a run ended."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable
+
+from service.jobs.job import Job, JobError, Status
+from trainer.run_folder import RunResult
+
+
+def startable(queued: Iterable[Job], running: Iterable[Job]) -> list[Job]:
+    """Jobs whose device nobody uses and no older job waits for. `queued` is oldest first."""
+    taken = [job.options.device for job in running]
+    chosen = []
+    for job in queued:
+        if not any(may_collide(job.options.device, device) for device in taken):
+            chosen.append(job)
+        taken.append(job.options.device)
+    return chosen
+
+
+def queue_position(job: Job, queued: Iterable[Job]) -> int:
+    """1 for the job that is next on its device."""
+    before = [other for other in queued if other.created_at < job.created_at]
+    return 1 + sum(may_collide(job.options.device, other.options.device) for other in before)
+
+
+def may_collide(device: str, other: str) -> bool:
+    """Whether two device strings may mean one device. `auto` may be any; `npu` is `npu:0`."""
+    first, second = (name if ":" in name or name in ("auto", "cpu") else f"{name}:0" for name in (device, other))
+    return first == second or "auto" in (first, second)
+
+
+def outcome(
+    result: RunResult | None, *, exit_code: int | None, cancel_requested: bool, log_tail: str
+) -> tuple[Status, JobError | None]:
+    """The final state of a job whose trainer has ended. `exit_code` is None where another process saw it.
+
+    A cancel that was accepted stays one, also where the trainer came to its end first: what is cancelled never
+    promotes.
+    """
+    if cancel_requested:
+        return "cancelled", None
+    if result is None:
+        return "failed", JobError(code="trainer_died", message=cause_of_death(exit_code), log_tail=log_tail)
+    if result.status == "failed":
+        code, message = result.error_code or "internal_error", result.error_message or "the trainer gave no reason"
+        return "failed", JobError(code=code, message=message, param=result.error_param, log_tail=log_tail)
+    return result.status, None
+
+
+def cause_of_death(exit_code: int | None) -> str:
+    if exit_code is None:
+        return "the trainer ended without a result while no service process was its parent; its exit code is unknown"
+    if exit_code >= 0:
+        return f"the trainer ended with exit code {exit_code} and without a result"
+    killed = f"the trainer was killed by {signal.Signals(-exit_code).name}"
+    return f"{killed}, possibly for lack of memory" if -exit_code == signal.SIGKILL else killed
