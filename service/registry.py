@@ -1,0 +1,182 @@
+"""What can be served, and what was promoted when. Knows no engine: `serving.py` loads what this lists.
+
+An entry is a base model, a base model with an adapter, or a full fine-tuned checkpoint. Ids:
+    <base>                                      a folder in models/
+    ft:<base>:<org>:<suffix>:<short>            the final checkpoint of a job
+    ft:<base>:<org>:<suffix>:<short>:ckpt-step-N    an earlier one
+Order is the registry's own sequence, never a file's time. Promotions of a base form a stack: its newest one that was
+not undone is what `latest` means, and without any it is the base itself.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lm.errors import NotFoundError
+from service.database import Database
+from service.jobs.job import Job
+
+Kind = Literal["base", "adapter", "full"]
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NUM_NAMED = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    id: str
+    seq: int
+    base: str
+    """Name of the base model, whose tokenizer and template it shares."""
+    kind: Kind
+    base_dir: Path
+    adapter_dir: Path | None
+    job_id: str | None
+    step: int | None
+    created_at: float
+    train_loss: float | None
+    validation_loss: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promotion:
+    seq: int
+    entry_id: str
+    reason: str
+    created_at: float
+
+
+class Registry:
+    def __init__(self, database: Database, *, home: Path, organization: str, base_folders: Iterable[Path] = ()) -> None:
+        """`base_folders` are base models outside of models/ in `home`."""
+        self.database = database
+        self.home = home
+        self.organization = organization
+        self._base_folders = tuple(base_folders)
+
+    # ---- entries
+
+    def bases(self) -> dict[str, Path]:
+        """Base models by name, as the disk has them now. A name that could not stand in an id is left out."""
+        folders = [path.parent for path in sorted((self.home / "models").glob("*/config.json"))]
+        return {path.name: path for path in (*folders, *self._base_folders) if MODEL_NAME.fullmatch(path.name)}
+
+    def base_folder(self, name: str) -> Path:
+        """Raises NotFoundError with the names that exist."""
+        bases = self.bases()
+        if name not in bases:
+            raise NotFoundError(
+                f"there is no base model {name!r:.80}; {_known(bases)}. `tuneserve pull` gets more", param="model"
+            )
+        return bases[name]
+
+    def get(self, entry_id: str) -> Entry:
+        """Raises NotFoundError with the ids that exist."""
+        for entry in self.entries():
+            if entry.id == entry_id:
+                return entry
+        known = [entry.id for entry in reversed(self.entries())]
+        raise NotFoundError(f"there is no model {entry_id!r:.120}; {_known(known)}", param="model")
+
+    def entries(self) -> list[Entry]:
+        """All that exist, in the order in which they were registered."""
+        bases = self.bases()
+        query = "SELECT * FROM entries ORDER BY seq"
+        rows = self.database.rows(query)
+        if new := sorted(bases.keys() - {row["id"] for row in rows}):
+            for name in new:
+                self._insert(id=name, base=name, kind="base")
+            rows = self.database.rows(query)
+        return [self._entry(row, bases) for row in rows if row["kind"] != "base" or row["id"] in bases]
+
+    def of_job(self, job_id: str) -> list[Entry]:
+        return [entry for entry in self.entries() if entry.job_id == job_id]
+
+    def checkpoint_id(self, job: Job, event: Mapping[str, Any]) -> str:
+        name = f"ft:{job.model}:{self.organization}:{job.suffix}:{job.id[-8:]}"
+        return name if event["final"] else f"{name}:ckpt-step-{event['step']}"
+
+    def add_checkpoint(self, job: Job, run_dir: Path, event: Mapping[str, Any]) -> Entry:
+        """Register what a trainer's `checkpoint` event of kind "adapter" or "full" tells.
+
+        A later attempt of the same job publishes the same steps again: the id keeps the folder that it has.
+        """
+        folder = run_dir / event["path"]
+        self._insert(
+            id=self.checkpoint_id(job, event),
+            base=job.model,
+            kind=event["kind"],
+            folder=str(folder.relative_to(self.home)),
+            job_id=job.id,
+            step=event["step"],
+            train_loss=event.get("loss"),
+            validation_loss=event.get("validation_loss"),
+        )
+        return self.get(self.checkpoint_id(job, event))
+
+    def _insert(self, **columns: Any) -> None:
+        self.database.insert("entries", unless_there=True, created_at=time.time(), **columns)
+
+    def _entry(self, row: sqlite3.Row, bases: Mapping[str, Path]) -> Entry:
+        columns = dict(row)
+        kind, base, folder = columns["kind"], columns["base"], columns.pop("folder")
+        own = None if folder is None else self.home / folder
+        base_dir = bases.get(base, self.home / "models" / base)
+        return Entry(
+            base_dir=own if kind == "full" and own else base_dir,
+            adapter_dir=own if kind == "adapter" else None,
+            **columns,
+        )
+
+    # ---- promotions
+
+    def promotions(self, base: str) -> list[Promotion]:
+        """Those of `base` that were not undone, newest first."""
+        rows = self.database.rows(
+            "SELECT promotions.* FROM promotions JOIN entries ON entries.id = entry_id"
+            " WHERE base = ? AND undone_at IS NULL ORDER BY promotions.seq DESC",
+            base,
+        )
+        names = ("seq", "entry_id", "reason", "created_at")
+        return [Promotion(**{name: row[name] for name in names}) for row in rows]
+
+    def was_promoted(self, entry_id: str) -> bool:
+        """Whether it ever was, undone or not."""
+        return self.database.row("SELECT 1 FROM promotions WHERE entry_id = ?", entry_id) is not None
+
+    def last_change(self, base: str) -> float | None:
+        """When `latest` of this base last became another entry; None when it never did."""
+        row = self.database.row(
+            "SELECT max(max(promotions.created_at), max(coalesce(undone_at, 0))) AS time"
+            " FROM promotions JOIN entries ON entries.id = entry_id WHERE base = ?",
+            base,
+        )
+        assert row is not None  # an aggregate always has a row
+        time_: float | None = row["time"]
+        return time_
+
+    def add_promotion(self, entry_id: str, reason: str) -> None:
+        self.database.insert("promotions", entry_id=entry_id, reason=reason, created_at=time.time())
+
+    def undo_promotions(self, base: str, *, down_to: int) -> None:
+        """Take back the promotions of `base` above the one with the sequence number `down_to` (0: all of them)."""
+        with self.database.transaction():
+            for promotion in self.promotions(base):
+                if promotion.seq > down_to:
+                    self.database.connection.execute(
+                        "UPDATE promotions SET undone_at = ? WHERE seq = ?", (time.time(), promotion.seq)
+                    )
+
+
+def _known(names: Iterable[str]) -> str:
+    names = list(names)
+    if not names:
+        return "none exists yet"
+    more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+    return f"known are {', '.join(names[:NUM_NAMED])}{more}"
