@@ -137,13 +137,33 @@ def load_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
 
     Raises UserError when the template is not valid Jinja, or when there are several and none is named `default`.
     """
-    source, origin = _find_source(folder)
+    source, origin = find_template(folder)
     try:
         template = _environment().from_string(source)
     except jinja2.TemplateSyntaxError as error:
         reason = f"the chat template in {folder} ({origin}) is not valid Jinja: line {error.lineno}: {error.message}"
         raise UserError(reason, param="model") from error
     return ChatTemplate(template=template, tokenizer=tokenizer, origin=origin)
+
+
+def find_template(folder: Path) -> tuple[str, str]:
+    """The text of a model folder's template and, for people, where it stands; DEFAULT_TEMPLATE where it has none."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), path.name
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8: {error}", param="model") from error
+    entry = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(entry, list):
+        entry = {named.get("name"): named.get("template") for named in entry if isinstance(named, dict)}
+        if "default" not in entry:
+            known = f"found {sorted(map(str, entry))}"
+            raise UserError(f"{folder} has several chat templates and none is named default ({known})", param="model")
+        entry = entry["default"]
+    if isinstance(entry, str):
+        return entry, "tokenizer_config.json"
+    return DEFAULT_TEMPLATE, "the default one, ChatML: the model has none"
 
 
 def check_messages(messages: Any) -> None:
@@ -166,26 +186,6 @@ def _check_message(message: Any, where: str) -> None:
         raise UserError(f"{where}.role: {reason}", param=f"{where}.role")
     if unknown := sorted(str(field) for field in message if field not in ("role", "content")):
         raise UserError(f"{where}.{unknown[0]}: unknown field; a message has role and content", param=where)
-
-
-def _find_source(folder: Path) -> tuple[str, str]:
-    """The template's text and, for people, where it stands."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8"), path.name
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8: {error}", param="model") from error
-    entry = read_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(entry, list):
-        entry = {named.get("name"): named.get("template") for named in entry if isinstance(named, dict)}
-        if "default" not in entry:
-            known = f"found {sorted(map(str, entry))}"
-            raise UserError(f"{folder} has several chat templates and none is named default ({known})", param="model")
-        entry = entry["default"]
-    if isinstance(entry, str):
-        return entry, "tokenizer_config.json"
-    return DEFAULT_TEMPLATE, "the default one, ChatML: the model has none"
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
