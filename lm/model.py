@@ -129,8 +129,12 @@ class LlamaForCausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., W) -> (..., V)."""
-        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight)
+        return F.linear(hidden, self.output_weight)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, W): the matrix behind `logits`, for losses that do not want all logits at once."""
+        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
 
     def _rotation(self, positions: Tensor) -> Rotation:
         """Cosine and sine (B, T, 1, D) in fp32, the sine's first half negated as `apply_rope` wants it."""
