@@ -11,7 +11,7 @@ import yaml
 from pydantic import BeforeValidator, Field
 
 from lm.errors import UserError
-from trainer.config import ConfigLoader, Strict, parse_options
+from trainer.config import ConfigLoader, Strict, parse_options, read_config
 
 PREFIX = "TUNESERVE_"
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
@@ -133,7 +133,7 @@ def load_settings(
     `environ` is the process's environment; variables with our prefix that name no setting are left alone, since
     container platforms set such ones on their own.
     """
-    data = {**_read(config), **_from_environment(environ or {}), **(overrides or {})}
+    data = {**(read_config(config) if config else {}), **_from_environment(environ or {}), **(overrides or {})}
     settings = parse_options(Settings, data)
     return settings.model_copy(
         update={
@@ -141,22 +141,6 @@ def load_settings(
             "state_dir": settings.state_dir and settings.state_dir.expanduser().resolve(),
         }
     )
-
-
-def _read(config: Path | None) -> dict[str, Any]:
-    if config is None:
-        return {}
-    try:
-        data = yaml.load(config.read_text(encoding="utf-8"), Loader=ConfigLoader)
-    except OSError as error:
-        raise UserError(f"cannot read the config {config}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{config} is not valid YAML: {error}") from error
-    if data is None:
-        return {}
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise UserError(f"{config} must hold a mapping of settings, not {type(data).__name__}")
-    return data
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:

@@ -116,17 +116,23 @@ ConfigLoader.add_implicit_resolver(
 
 def load_run_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
     """Read a YAML file, with dotted overrides such as {"lora.rank": 16}. Raises UserError naming the field."""
+    return parse_options(RunConfig, read_config(path, overrides))
+
+
+def read_config(path: Path, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a YAML file says, with dotted overrides, not validated. Raises UserError for a file that says nothing clear."""
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=ConfigLoader)
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} must hold a mapping of options, not {type(data).__name__}")
+    data = {} if data is None else data
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise UserError(f"{path} must hold a mapping from the names of options to their values")
     for key, value in (overrides or {}).items():
         _set(data, key, value)
-    return parse_options(RunConfig, data)
+    return data
 
 
 def parse_options(model: type[OptionsT], data: dict[str, Any]) -> OptionsT:

@@ -46,7 +46,7 @@ def test_overrides_reach_nested_options_of_a_yaml_file(tmp_path: Path) -> None:
     assert (config.lora.rank, config.lora.alpha, config.epochs) == (4, 32.0, 1)
 
 
-@pytest.mark.parametrize(("text", "words"), [("a: [", "not valid YAML"), ("- a", "mapping"), ("", "mapping")])
+@pytest.mark.parametrize(("text", "words"), [("a: [", "not valid YAML"), ("- a", "mapping"), ("1: a", "mapping")])
 def test_a_file_that_is_no_mapping_is_refused_with_its_name(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
