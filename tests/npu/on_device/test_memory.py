@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -50,6 +52,17 @@ def test_beyond_the_capacity_is_an_out_of_memory_error(npu: SimulatedNpu) -> Non
         torch.zeros(MEBIBYTE, device="npu")
     assert torch.zeros(MEBIBYTE // 8, device="npu").sum().item() == 0
     assert npu.module.memory_stats()["num_ooms"] == npu.memory.num_ooms
+
+
+def test_a_thread_must_choose_the_device_before_it_works_on_it(npu: SimulatedNpu) -> None:
+    def choose_and_work() -> torch.Tensor:
+        npu.module.set_device("npu:0")
+        return torch.zeros(1, device="npu")
+
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        with pytest.raises(RuntimeError, match="107002"):
+            executor.submit(lambda: torch.zeros(1, device="npu")).result()
+        assert executor.submit(choose_and_work).result().item() == 0
 
 
 def test_fresh_memory_is_garbage() -> None:

@@ -1,13 +1,15 @@
 """Device memory: storages over host memory, a capacity, an accounting as torch_npu's caching allocator shows it.
 
 Simulated: the 512-byte granule, fresh memory full of garbage (bytes 0xFF: NaN as a float, -1 as an integer), the out
-of memory error, current and peak figures, memory that stays reserved until `release_cache`.
+of memory error, current and peak figures, memory that stays reserved until `release_cache`, and the context that each
+thread needs before it works on the device.
 Not simulated: segments, fragmentation, streams that hold a block back.
 """
 
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from typing import cast
 
@@ -25,13 +27,20 @@ class Memory:
         self.allocated = self.peak_allocated = 0
         self.reserved = self.peak_reserved = 0
         self.num_allocations = self.num_ooms = 0
+        self._context = threading.local()
+        self.enter_thread()
 
     @property
     def free(self) -> int:
         return self.capacity - self.reserved
 
+    def enter_thread(self) -> None:
+        """Make the current thread one that may use the device."""
+        self._context.is_set = True
+
     def allocate(self, num_bytes: int) -> torch.UntypedStorage:
-        """A device storage. Raises torch.OutOfMemoryError beyond the capacity."""
+        """A device storage. Raises torch.OutOfMemoryError beyond the capacity, RuntimeError without a context."""
+        self._check_context()
         padded = -(-max(num_bytes, 1) // GRANULE) * GRANULE
         self._make_room(padded, num_bytes)
         backing = torch.full((padded,), POISON, dtype=torch.uint8)
@@ -46,6 +55,11 @@ class Memory:
 
     def release_cache(self) -> None:
         self.reserved = self.allocated
+
+    def _check_context(self) -> None:
+        is_pythons = not isinstance(threading.current_thread(), threading._DummyThread)
+        if is_pythons and not hasattr(self._context, "is_set"):  # torch cares for the threads of its own
+            raise RuntimeError("107002: the context is empty; call torch.npu.set_device in this thread first")
 
     def _make_room(self, padded: int, num_bytes: int) -> None:
         if self.allocated + padded > self.capacity:

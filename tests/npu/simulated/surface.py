@@ -63,6 +63,7 @@ class NpuModule(ModuleType):
 
     def set_device(self, device: Device) -> None:
         check(device)
+        self._memory.enter_thread()
 
     def device(self, device: Device) -> AbstractContextManager[None]:
         check(device)
