@@ -187,15 +187,20 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
         raise fields.wrong(name, "an object")
     rope = _Fields(data, f"{name}.")
     theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
-    kind = rope.one_of("rope_type" if "rope_type" in data else "type", SUPPORTED_ROPE_TYPES, None)
-    if kind == "default":
-        return theta, None
-    return theta, RopeScaling(
+    kind = rope.one_of("rope_type" if "rope_type" in data else "type", SUPPORTED_ROPE_TYPES, "default")
+    return theta, None if kind == "default" else _llama3(rope)
+
+
+def _llama3(rope: _Fields) -> RopeScaling:
+    scaling = RopeScaling(
         factor=rope.number("factor"),
         low_freq_factor=rope.number("low_freq_factor"),
         high_freq_factor=rope.number("high_freq_factor"),
         original_max_position_embeddings=rope.size("original_max_position_embeddings"),
     )
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise rope.wrong("high_freq_factor", f"more than low_freq_factor = {scaling.low_freq_factor}")
+    return scaling
 
 
 def _bos_token_id(value: Any) -> int | None:

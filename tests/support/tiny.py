@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from lm import model as ours
+from lm.config import load_config
+from lm.ops import Ops, choose_ops
 
 BOS, EOS, VOCAB_SIZE = 1, 2, 272
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -50,6 +55,16 @@ def make_tiny_llama(folder: Path, *, seed: int = 0, **config_overrides: Any) -> 
     model.save_pretrained(folder)
     write_tiny_tokenizer(folder)
     return folder
+
+
+def load_tiny_llama(
+    folder: Path, *, dtype: torch.dtype = torch.float32, ops: Ops | None = None
+) -> ours.LlamaForCausalLM:
+    """Our model with the weights of such a folder, on the CPU."""
+    device = torch.device("cpu")
+    model = ours.build_model(load_config(folder), device=device, dtype=dtype, ops=ops or choose_ops(device, dtype)[0])
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model
 
 
 def write_tiny_tokenizer(folder: Path) -> None:
