@@ -46,7 +46,7 @@ def normalise(params: SamplingParams, vocab_size: int) -> SamplingParams:
     return msgspec.structs.replace(
         params,
         temperature=params.temperature if params.temperature >= LOWEST_TEMPERATURE else 0.0,
-        top_k=params.top_k if params.top_k < vocab_size else 0,
+        top_k=params.top_k if 0 < params.top_k < vocab_size else 0,
     )
 
 

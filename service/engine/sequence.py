@@ -11,14 +11,16 @@ from service.engine.messages import FinishReason, RequestTiming, SamplingParams
 class Sequence:
     request_id: str
     model_id: str
-    """The weights it was admitted with; it finishes on them whatever is loaded meanwhile."""
     token_ids: list[int]
     """The prompt, then the answer so far."""
     num_prompt_tokens: int
     sampling: SamplingParams
     seed: int
-    stop_token_ids: frozenset[int]
     arrived: float
+    """Clock readings are seconds of one monotonic clock."""
+    generation: int | None = None
+    """The weights it was admitted with; it finishes on them whatever is loaded meanwhile."""
+    stop_token_ids: frozenset[int] = frozenset()
     num_computed: int = 0
     """Tokens whose keys and values are in the pool."""
     blocks: list[int] = field(default_factory=list)
