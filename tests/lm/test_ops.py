@@ -1,0 +1,233 @@
+"""Every variant of every op against its reference."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from lm.cache import KVCache, PagedBatch
+from lm.config import ModelConfig
+from lm.ops import REFERENCE, AttentionPlan, Ops, choose_ops, reference
+
+CPU = torch.device("cpu")
+FP32, BF16 = torch.float32, torch.bfloat16
+TOLERANCE = {FP32: 1e-5, BF16: 2e-2}
+HEADS = [(4, 4), (4, 2), (8, 2), (9, 3), (4, 1)]
+BLOCK_SIZE, NUM_BLOCKS, HEAD_DIM = 4, 12, 16
+
+every_dtype = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+every_heads = pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+# "cuda" stands for any accelerator: the variants run on the CPU as well
+every_choice = pytest.mark.parametrize("device", ["cpu", "cuda"])
+
+
+def ops_for(device: str, dtype: torch.dtype) -> Ops:
+    return choose_ops(torch.device(device), dtype)[0]
+
+
+def random(*shape: int, dtype: torch.dtype = FP32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_same(ours: Tensor, expected: Tensor, widen: float = 1.0) -> None:
+    tolerance = TOLERANCE[expected.dtype] * widen
+    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
+def gradients(function: Any, *inputs: Tensor) -> list[Tensor]:
+    """Gradients of a weighted sum of the outputs, by which each element counts differently."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    total = sum((output.float() * random(*output.shape, seed=9)).sum() for output in outputs)
+    return list(torch.autograd.grad(total, leaves))
+
+
+def rotation(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """Unrelated numbers in the two halves would not be a rotation, so take real angles."""
+    angles = 10 * random(batch, length, 1, HEAD_DIM // 2, seed=3)
+    return torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
+
+
+@every_choice
+@every_dtype
+def test_rms_norm(device: str, dtype: torch.dtype) -> None:
+    x, weight = 7 * random(3, 5, 48, dtype=dtype), random(48, dtype=dtype, seed=1)
+    ours = ops_for(device, dtype).rms_norm
+    assert_same(ours(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    for got, expected in zip(
+        gradients(lambda x, weight: ours(x, weight, 1e-5), x, weight),
+        gradients(lambda x, weight: reference.rms_norm(x, weight, 1e-5), x, weight),
+        strict=True,
+    ):
+        assert_same(got, expected, widen=3)
+
+
+def test_rms_norm_reference_equals_transformers() -> None:
+    theirs = LlamaRMSNorm(48, eps=1e-5)
+    x = random(2, 3, 48)
+    torch.testing.assert_close(reference.rms_norm(x, theirs.weight, 1e-5), theirs(x))
+
+
+def test_rms_norm_of_bf16_is_computed_in_fp32() -> None:
+    """One rounding, of the result."""
+    x, weight = 7 * random(3, 5, 48, dtype=BF16), random(48, dtype=BF16, seed=1)
+    exact = reference.rms_norm(x.float(), weight.float(), 1e-5).to(BF16)
+    for ops in (REFERENCE, ops_for("cpu", BF16)):
+        torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5), exact, rtol=2**-7, atol=0)
+
+
+@every_choice
+@every_dtype
+def test_apply_rope(device: str, dtype: torch.dtype) -> None:
+    query, key = random(2, 5, 4, HEAD_DIM, dtype=dtype), random(2, 5, 2, HEAD_DIM, dtype=dtype, seed=1)
+    cos, sin = rotation(2, 5)
+    ours = ops_for(device, dtype).apply_rope
+    for got, expected in zip(ours(query, key, cos, sin), reference.apply_rope(query, key, cos, sin), strict=True):
+        assert_same(got, expected)
+    for got, expected in zip(
+        gradients(lambda q, k: ours(q, k, cos, sin), query, key),
+        gradients(lambda q, k: reference.apply_rope(q, k, cos, sin), query, key),
+        strict=True,
+    ):
+        assert_same(got, expected)
+
+
+def test_apply_rope_reference_equals_transformers() -> None:
+    query, key = random(2, 5, 4, HEAD_DIM), random(2, 5, 2, HEAD_DIM, seed=1)
+    cos, sin = rotation(2, 5)
+    plain_sin = torch.cat((-sin[..., : HEAD_DIM // 2], sin[..., HEAD_DIM // 2 :]), -1)
+    theirs = apply_rotary_pos_emb(query, key, cos.squeeze(2), plain_sin.squeeze(2), unsqueeze_dim=2)
+    for got, expected in zip(reference.apply_rope(query, key, cos, sin), theirs, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@every_dtype
+def test_apply_rope_rotates_bf16_in_fp32(dtype: torch.dtype) -> None:
+    """One rounding, of the result: not one of cosine and sine as well."""
+    query, key = random(2, 5, 4, HEAD_DIM, dtype=dtype), random(2, 5, 2, HEAD_DIM, dtype=dtype, seed=1)
+    cos, sin = rotation(2, 5)
+    exact = reference.apply_rope(query.float(), key.float(), cos, sin)
+    for ops in (REFERENCE, ops_for("cpu", dtype)):
+        for got, expected in zip(ops.apply_rope(query, key, cos, sin), exact, strict=True):
+            torch.testing.assert_close(got, expected.to(dtype), rtol=2**-8 if dtype == BF16 else 1e-6, atol=1e-6)
+
+
+@every_choice
+@every_dtype
+def test_swiglu(device: str, dtype: torch.dtype) -> None:
+    gate, up = random(3, 5, 24, dtype=dtype), random(3, 5, 24, dtype=dtype, seed=1)
+    ours = ops_for(device, dtype).swiglu
+    assert_same(ours(gate, up), reference.swiglu(gate, up))
+    for got, expected in zip(gradients(ours, gate, up), gradients(reference.swiglu, gate, up), strict=True):
+        assert_same(got, expected)
+
+
+@every_heads
+@every_choice
+@every_dtype
+def test_causal_attention(device: str, dtype: torch.dtype, heads: int, kv_heads: int) -> None:
+    query = random(2, 7, heads, HEAD_DIM, dtype=dtype)
+    key, value = (random(2, 7, kv_heads, HEAD_DIM, dtype=dtype, seed=seed) for seed in (1, 2))
+    ours = ops_for(device, dtype).causal_attention
+    assert_same(ours(query, key, value), reference.causal_attention(query, key, value))
+    for got, expected in zip(
+        gradients(ours, query, key, value), gradients(reference.causal_attention, query, key, value), strict=True
+    ):
+        assert_same(got, expected, widen=3)
+
+
+def test_causal_attention_does_not_look_ahead() -> None:
+    query, key, value = (random(1, 6, 2, HEAD_DIM, seed=seed) for seed in range(3))
+    before = reference.causal_attention(query, key, value)[:, :4]
+    key[:, 4:], value[:, 4:] = 99.0, 99.0
+    assert torch.equal(reference.causal_attention(query, key, value)[:, :4], before)
+
+
+def paged_batch(heads: int, kv_heads: int, length: int, dtype: torch.dtype) -> tuple[PagedBatch, Tensor]:
+    """Three rows at different positions and a padding row, over a cache full of random numbers."""
+    config = ModelConfig.from_dict(
+        {
+            "model_type": "llama",
+            "vocab_size": 8,
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": HEAD_DIM,
+        }
+    )
+    cache = KVCache.allocate(config, NUM_BLOCKS, BLOCK_SIZE, CPU, dtype)
+    for seed, stored in enumerate((*cache.keys, *cache.values)):
+        stored.copy_(random(*stored.shape, dtype=dtype, seed=seed))
+    table = torch.tensor([[4, 7, 2], [9, 1, 0], [3, 0, 0], [0, 0, 0]], dtype=torch.int32)
+    starts = torch.tensor([12 - length, 4, 0, 0])
+    positions = starts[:, None] + torch.arange(length)
+    positions[3] = 0
+    slots = table.gather(1, positions // BLOCK_SIZE) * BLOCK_SIZE + positions % BLOCK_SIZE
+    return PagedBatch(cache=cache, slot_mapping=slots.flatten().int(), block_table=table), positions.int()
+
+
+@every_heads
+@every_choice
+@every_dtype
+@pytest.mark.parametrize("length", [1, 4])
+def test_paged_attention(device: str, dtype: torch.dtype, heads: int, kv_heads: int, length: int) -> None:
+    ops = ops_for(device, dtype)
+    paged, positions = paged_batch(heads, kv_heads, length, dtype)
+    query = random(4, length, heads, HEAD_DIM, dtype=dtype)
+    keys, values = paged.cache.keys[0], paged.cache.values[0]
+    expected = reference.paged_attention(query, keys, values, reference.plan_attention(paged, positions))
+    ours = ops.paged_attention(query, keys, values, ops.plan_attention(paged, positions))
+    assert ours.shape == query.shape
+    assert_same(ours, expected)
+
+
+def test_paged_attention_reference_equals_causal_attention_over_the_same_keys() -> None:
+    paged, positions = paged_batch(4, 2, 4, FP32)
+    query = random(4, 4, 4, HEAD_DIM)
+    keys, values = paged.cache.keys[0], paged.cache.values[0]
+    paged_result = reference.paged_attention(query, keys, values, reference.plan_attention(paged, positions))
+    key, value = (stored[[4, 7, 2]].flatten(0, 1)[None] for stored in (keys, values))
+    ahead = random(1, 8, 4, HEAD_DIM, seed=5)  # queries of positions 0 to 7, before those of row 0
+    causal = reference.causal_attention(torch.cat((ahead, query[:1]), 1), key, value)
+    torch.testing.assert_close(paged_result[0], causal[0, 8:])
+
+
+@every_choice
+@every_dtype
+def test_write_kv(device: str, dtype: torch.dtype) -> None:
+    paged, positions = paged_batch(4, 2, 4, dtype)
+    key, value = (random(4, 4, 2, HEAD_DIM, dtype=dtype, seed=seed) for seed in (5, 6))
+    key[3], value[3] = key[3, 0], value[3, 0]  # the padding tokens share a slot: which one stays is open
+    results = []
+    for ops in (REFERENCE, ops_for(device, dtype)):
+        keys, values = paged.cache.keys[0].clone(), paged.cache.values[0].clone()
+        ops.write_kv(key, value, keys, values, ops.plan_attention(paged, positions))
+        results.append((keys, values))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    keys, values = results[0]
+    assert torch.equal(keys[2], key[0]), "positions 8 to 11 of row 0 are its third block"
+    assert torch.equal(values[1], value[1]), "positions 4 to 7 of row 1 are its second block"
+
+
+@every_choice
+def test_the_plan_shows_a_query_the_keys_up_to_its_position(device: str) -> None:
+    paged, positions = paged_batch(4, 2, 4, FP32)
+    plan = ops_for(device, FP32).plan_attention(paged, positions)
+    assert isinstance(plan, AttentionPlan)
+    visible = plan.mask if plan.mask.dtype == torch.bool else plan.mask == 0
+    assert torch.equal(visible.sum(-1).squeeze(1), positions + 1)
+
+
+def test_the_choice_gives_a_reason_for_each_op() -> None:
+    for device in ("cpu", "cuda"):
+        _, reasons = choose_ops(torch.device(device), FP32)
+        assert set(reasons) == {field.name for field in fields(Ops)}
+        assert all(reasons.values())
