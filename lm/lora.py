@@ -66,13 +66,15 @@ class LoraLinear(nn.Module):
         self.weight, self.bias = base.weight, base.bias
         self.scaling = spec.alpha / spec.rank
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()
-        # PEFT's initialisation, drawn on the host so that a seed means the same on every device
+        # PEFT's initialisation, drawn on the host so that a seed means the same on every device; B, though it ends as
+        # zeros, is made there too, since its constructor draws
         device = base.weight.device
         self.lora_A = nn.Linear(base.in_features, spec.rank, bias=False, device="cpu", dtype=torch.float32)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        self.lora_A.to(device)
-        self.lora_B = nn.Linear(spec.rank, base.out_features, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = nn.Linear(spec.rank, base.out_features, bias=False, device="cpu", dtype=torch.float32)
         nn.init.zeros_(self.lora_B.weight)
+        self.lora_A.to(device)
+        self.lora_B.to(device)
 
     def forward(self, x: Tensor) -> Tensor:
         update: Tensor = self.lora_B(self.lora_A(self.dropout(x)) * self.scaling)
