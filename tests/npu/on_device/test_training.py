@@ -1,0 +1,172 @@
+"""The real trainer on the device: the losses of the CPU, checkpoints, one wait a step, an end when memory runs out."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lm.checkpoint import load_weights
+from lm.config import load_config
+from lm.model import LlamaForCausalLM, build_model
+from lm.ops import REFERENCE
+from tests.npu.simulated.device import SimulatedNpu
+from tests.npu.simulated.statistics import HostSyncError
+from trainer.__main__ import StopRequest, run
+from trainer.data.batches import Batch
+from trainer.recipe import FineTuneRecipe
+from trainer.run_folder import RunFolder, RunResult
+
+RECORDS = [{"input": f"who is number {n}?", "output": f"the {n}th one, and {'very ' * n}glad"} for n in range(6)]
+TENSORS_PER_BATCH = 4
+
+FineTune = Callable[..., tuple[RunResult, RunFolder]]
+
+
+@pytest.fixture
+def stop() -> Iterator[StopRequest]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield StopRequest()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def finetune(tmp_path: Path, tiny_llama: Path, stop: StopRequest) -> FineTune:
+    """Train three steps in a run folder named after the options."""
+
+    def train(**options: Any) -> tuple[RunResult, RunFolder]:
+        folder = RunFolder(tmp_path / "-".join(map(str, options.values())))
+        folder.path.mkdir()
+        data = folder.path / "records.jsonl"
+        data.write_text("\n".join(map(json.dumps, RECORDS)), encoding="utf-8")
+        config = {"model": str(tiny_llama), "data_files": [str(data)], "max_steps": 3, "batch_size": 2, **options}
+        folder.config.write_text(yaml.safe_dump(config), encoding="utf-8")
+        return run(folder, stop), folder
+
+    return train
+
+
+def values(folder: RunFolder, event_type: str, key: str) -> list[Any]:
+    events, _ = folder.read_events()
+    return [event[key] for event in events if event["type"] == event_type]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    model: LlamaForCausalLM = build_model(
+        load_config(folder), device=torch.device("cpu"), dtype=torch.float32, ops=REFERENCE
+    )
+    load_weights(model, folder)
+    return dict(model.state_dict())
+
+
+@pytest.mark.parametrize("recipe", ["full", "lora"])
+def test_three_steps_have_the_losses_of_the_cpu(recipe: str, finetune: FineTune) -> None:
+    losses = {}
+    for device in ("npu", "cpu"):
+        result, folder = finetune(recipe=recipe, device=device, dtype="fp32")
+        assert result.status == "succeeded", result.error_message
+        losses[device] = values(folder, "step", "loss")
+    assert len(losses["npu"]) == 3
+    assert losses["npu"] == pytest.approx(losses["cpu"], rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["full", "lora"])
+def test_bf16_follows_fp32(recipe: str, finetune: FineTune) -> None:
+    losses = {}
+    for dtype in ("bf16", "fp32"):
+        result, folder = finetune(recipe=recipe, device="npu", dtype=dtype)
+        assert result.status == "succeeded", result.error_message
+        losses[dtype] = values(folder, "step", "loss")
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=2e-2)
+
+
+def test_activation_checkpointing_changes_no_loss(finetune: FineTune) -> None:
+    losses = []
+    for checkpointing in (False, True):
+        result, folder = finetune(
+            device="npu", dtype="fp32", recipe="full", enable_activation_checkpointing=checkpointing
+        )
+        assert result.status == "succeeded", result.error_message
+        losses.append(values(folder, "step", "loss"))
+    assert losses[0] == losses[1]
+
+
+def test_the_run_says_which_device_it_used(finetune: FineTune) -> None:
+    _, folder = finetune(device="npu:0")
+    assert values(folder, "started", "device") == ["npu:0"]
+    assert values(folder, "started", "device_reason") == ["asked for; 1 NPU device visible"]
+    assert values(folder, "started", "dtype") == ["bf16"]
+    assert min(values(folder, "step", "peak_memory_bytes")) > 0
+
+
+def test_the_published_checkpoint_is_the_trained_model(finetune: FineTune, tiny_llama: Path) -> None:
+    _, folder = finetune(device="npu", dtype="fp32", recipe="full")
+    trained, base = weights(folder.checkpoints / "step_3"), weights(tiny_llama)
+    assert trained.keys() == base.keys()
+    for name, tensor in trained.items():
+        assert tensor.isfinite().all(), name
+        assert not torch.equal(tensor, base[name]), name
+
+
+def test_lora_publishes_an_adapter_and_the_merged_model(finetune: FineTune) -> None:
+    _, folder = finetune(device="npu", dtype="fp32", recipe="lora")
+    assert (folder.adapters / "step_3" / "adapter_model.safetensors").is_file()
+    merged = weights(folder.checkpoints / "step_3")
+    assert all(tensor.isfinite().all() for tensor in merged.values())
+
+
+def watch_steps(monkeypatch: pytest.MonkeyPatch, npu: SimulatedNpu) -> None:
+    """Forbid every wait in a step but for the upload of its batches and one download of loss and norm."""
+    original = FineTuneRecipe.train_step
+
+    def train_step(recipe: FineTuneRecipe, batches: list[Batch], rate: float) -> tuple[float, float]:
+        uploads = TENSORS_PER_BATCH * len(batches)
+        with npu.statistics.forbid_host_sync("a training step", uploads=uploads, downloads=1):
+            return original(recipe, batches, rate)
+
+    monkeypatch.setattr(FineTuneRecipe, "train_step", train_step)
+
+
+@pytest.mark.parametrize("recipe", ["full", "lora"])
+def test_a_step_waits_for_the_device_once(
+    recipe: str, finetune: FineTune, npu: SimulatedNpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch_steps(monkeypatch, npu)
+    result, folder = finetune(device="npu", recipe=recipe, gradient_accumulation_steps=2, epochs=3)
+    assert result.status == "succeeded", result.error_message
+    assert values(folder, "step", "step") == [1, 2, 3]
+
+
+def test_a_wait_inside_a_step_would_be_seen(
+    finetune: FineTune, npu: SimulatedNpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = FineTuneRecipe.summed_loss
+
+    def summed_loss(recipe: FineTuneRecipe, batch: Batch) -> torch.Tensor:
+        loss = original(recipe, batch)
+        loss.item()
+        return loss
+
+    monkeypatch.setattr(FineTuneRecipe, "summed_loss", summed_loss)
+    watch_steps(monkeypatch, npu)
+    result, _ = finetune(device="npu")
+    assert result.error_message is not None
+    assert result.error_message.startswith(HostSyncError.__name__)
+
+
+def test_memory_that_runs_out_is_an_end_with_figures_and_advice(finetune: FineTune, npu: SimulatedNpu) -> None:
+    npu.memory.capacity = npu.memory.allocated + (256 << 10)
+    result, folder = finetune(device="npu", dtype="fp32", recipe="full")
+    assert (result.status, result.error_code) == ("failed", "out_of_memory")
+    assert result.error_message is not None
+    assert "0.25 MiB total capacity" in result.error_message
+    assert "lower batch_size (now 2)" in result.error_message
+    assert not folder.checkpoints.exists()
