@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from service.engine.messages import EngineReady, RequestTiming, StepStats
+from service.engine.messages import EngineReady, FinishReason, RequestTiming, StepStats
 from service.jobs.job import Status
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -112,7 +112,7 @@ class Metrics:
             [*self._labels, "finished_reason"],
             registry=self.registry,
         )
-        for reason in ("stop", "length", "abort"):
+        for reason in get_args(FinishReason):
             self.success.labels(**self._labels, finished_reason=reason)
         self.ttft = self._vllm(Histogram, "time_to_first_token_seconds", "Request to first token.", TTFT)
         self.inter_token = self._vllm(Histogram, "inter_token_latency_seconds", "Token to next token.", INTER_TOKEN)
@@ -178,17 +178,33 @@ class Metrics:
 
     # ---- requests
 
-    def request_finished(self, reason: str, *, prompt_tokens: int, generated_tokens: int, seconds: float) -> None:
+    def first_token(self, prompt_tokens: int, seconds: float) -> None:
+        self.prompt_tokens.inc(prompt_tokens)
+        self.ttft.observe(seconds)
+
+    def next_token(self, seconds: float) -> None:
+        self.inter_token.observe(seconds)
+
+    def request_finished(
+        self,
+        reason: FinishReason,
+        *,
+        prompt_tokens: int,
+        generated_tokens: int,
+        max_tokens: int,
+        seconds: float,
+        timing: RequestTiming | None,
+    ) -> None:
         self.success.labels(**self._labels, finished_reason=reason).inc()
         self.request_prompt.observe(prompt_tokens)
         self.request_generation.observe(generated_tokens)
+        self.max_tokens.observe(max_tokens)
         self.e2e.observe(seconds)
-
-    def request_phases(self, timing: RequestTiming) -> None:
-        self.phases["queue"].observe(timing.queue_s)
-        self.phases["prefill"].observe(timing.prefill_s)
-        self.phases["decode"].observe(timing.decode_s)
-        self.phases["inference"].observe(timing.prefill_s + timing.decode_s)
+        if timing is not None:
+            self.phases["queue"].observe(timing.queue_s)
+            self.phases["prefill"].observe(timing.prefill_s)
+            self.phases["decode"].observe(timing.decode_s)
+            self.phases["inference"].observe(timing.prefill_s + timing.decode_s)
 
     def request_aborted(self, cause: AbortCause) -> None:
         self.aborted.labels(cause).inc()

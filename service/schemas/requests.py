@@ -5,7 +5,7 @@ Null means the default, as OpenAI's clients send it.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -27,12 +27,15 @@ class StreamOptions(Strict):
 class Sampling(Strict):
     """What all three ways to generate share."""
 
+    default_temperature: ClassVar[float] = 1.0
+
     model: str | None = None
     """Which model answers: an id of GET /v1/models, or `latest`, which is also the default."""
     max_tokens: MaxTokens | None = None
-    """Tokens to generate at most, besides those of the prompt."""
+    """Tokens to generate at most, besides those of the prompt. Default: 16 for /v1/completions, 256 for /generate, the
+    rest of the context for chats."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    """0 takes the likeliest token each time."""
+    """0 takes the likeliest token each time. Default: 1 for /v1, 0 for /generate."""
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     """Sample among the likeliest tokens that together have this probability."""
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
@@ -69,6 +72,8 @@ class Message(Strict):
 
 class GenerateRequest(Sampling):
     """POST /generate: raw text in `prompt`, or a conversation in `messages`. Greedy unless a temperature is given."""
+
+    default_temperature: ClassVar[float] = 0.0
 
     prompt: str | None = None
     """Text that the model continues, as it stands."""

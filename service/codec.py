@@ -1,0 +1,52 @@
+"""Text to token ids for the model that is served: its tokenizer, its chat template, the size of its vocabulary."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lm.config import load_config
+from lm.errors import UserError
+from lm.template import ChatTemplate, load_template
+from lm.tokenizer import Tokenizer, load_tokenizer
+
+LONG_TEXT = 8192  # characters; what takes longer than a millisecond leaves the event loop to others
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Codec:
+    """One for a base model and everything that was fine-tuned from it."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    vocab_size: int
+    """Rows of the model's embedding: ids in a request must lie below."""
+
+    async def encode(self, text: str) -> list[int]:
+        """Raises UserError for text that is not Unicode."""
+        if len(text) < LONG_TEXT:
+            return self.tokenizer.encode(text)
+        return await asyncio.to_thread(self.tokenizer.encode, text)
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Raises UserError for messages that the template refuses."""
+        if sum(len(message["content"]) for message in messages) < LONG_TEXT:
+            return self.template.encode(messages, add_generation_prompt=True)
+        return await asyncio.to_thread(self.template.encode, messages, add_generation_prompt=True)
+
+    def check_ids(self, ids: Sequence[int]) -> list[int]:
+        """Raises UserError for an id that the model does not have."""
+        for token_id in ids:
+            if token_id >= self.vocab_size:
+                raise UserError(f"{token_id} is not a token of this model, whose ids end at {self.vocab_size - 1}")
+        return list(ids)
+
+
+def load_codec(folder: Path) -> Codec:
+    """Raises UserError when the tokenizer, the template or the config of a model folder cannot be used."""
+    tokenizer = load_tokenizer(folder)
+    return Codec(
+        tokenizer=tokenizer, template=load_template(folder, tokenizer), vocab_size=load_config(folder).vocab_size
+    )

@@ -1,0 +1,109 @@
+"""The service as a process: uvicorn with our way to start and to stop. Blocks until it is asked to stop.
+
+Stopping (SIGTERM, Ctrl-C): new requests get 503; running ones may go on for `drain_seconds`, and end with `abort`
+after that; then jobs and the engine are stopped, and no child process is left. A second signal skips the waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import FrameType
+
+import uvicorn
+
+from lm.errors import UserError
+from service.app import create_app
+from service.services import Services, running_services
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+LAST_BYTES_S = 3
+"""How long connections may take to close once nothing is generated any more."""
+
+
+def serve(settings: Settings) -> int:
+    """Run the service; the exit code. Prints one line with the URL when it is ready, and logs through `logging`.
+
+    Raises UserError for a model, a home or an address that cannot be used.
+    """
+    with _listen(settings) as listener:
+        return asyncio.run(_serve(settings, listener))
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family)
+    except OSError as error:
+        raise UserError(
+            f"host, port: cannot listen on {settings.host} port {settings.port}: {error.strerror}; choose others, such "
+            "as port=0 for a free one",
+            param="port",
+        ) from error
+
+
+async def _serve(settings: Settings, listener: socket.socket) -> int:
+    async with running_services(settings) as services:
+        server = _Server(settings, services, _url(listener))
+        await server.serve(sockets=[listener])
+    return 1 if server.failed else 0
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, settings: Settings, services: Services, url: str) -> None:
+        @asynccontextmanager
+        async def running(settings: Settings) -> AsyncIterator[Services]:
+            yield services
+
+        config = uvicorn.Config(
+            create_app(settings, compose=running),
+            lifespan="on",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=LAST_BYTES_S,
+        )
+        super().__init__(config)
+        self.failed = False
+        """Whether it never came to serve anything."""
+        self._services = services
+        self._url = url
+        self._drain_seconds = settings.drain_seconds
+        self._is_announced = False
+        self._drain_until: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins to drain, a second one ends it."""
+        self._drain_until = time.monotonic() + (0 if self._services.admission.draining else self._drain_seconds)
+        self._services.admission.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; true ends the main loop."""
+        if self._drain_until is not None:
+            return await self._drained(self._drain_until)
+        if not self._is_announced and self._services.is_ready:
+            self._is_announced = True
+            print(f"TuneServe is ready at {self._url}", flush=True)
+        elif not self._is_announced and (reason := self._services.failure) is not None:
+            self.failed = True
+            logger.error("the service cannot start: %s", reason.splitlines()[0])
+            return True
+        return await super().on_tick(counter)
+
+    async def _drained(self, until: float) -> bool:
+        if self._services.admission.active and time.monotonic() < until:
+            return False
+        await self._services.engine.stop()
+        return True

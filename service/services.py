@@ -1,0 +1,129 @@
+"""The parts of the running service, how they are put together, and in which order they start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from service.admission import Admission
+from service.codec import Codec, load_codec
+from service.database import Database
+from service.engine.messages import EngineConfig, EngineReady
+from service.engine_client import EngineClient
+from service.files import FileStore
+from service.generation import Generator
+from service.jobs.promotion import Promoter
+from service.jobs.store import JobStore
+from service.jobs.supervisor import Supervisor
+from service.metrics import Metrics
+from service.registry import Registry
+from service.serving import Serving
+from service.settings import Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    settings: Settings
+    codec: Codec
+    engine: EngineClient
+    serving: Serving
+    generator: Generator
+    admission: Admission
+    registry: Registry
+    store: JobStore
+    jobs: Supervisor
+    files: FileStore
+    metrics: Metrics
+    startup: asyncio.Task[None]
+    """Done when the engine has loaded what it serves, or has failed to."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why the service never came to serve anything; None while it starts and once it served."""
+        if not self.startup.done() or self.serving.served is not None:
+            return None
+        return self.engine.failure or "; ".join(self.serving.problems) or repr(self.startup.exception())
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would be answered. Stays true while new weights are swapped in."""
+        served = self.serving.served
+        has_model = self.engine.ready is not None and served is not None and served.id in self.serving.loaded
+        return has_model and not self.admission.draining
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+ServicesDep = Annotated[Services, Depends(_services)]
+"""How a route gets them."""
+
+
+@asynccontextmanager
+async def running_services(settings: Settings) -> AsyncIterator[Services]:
+    """Everything but HTTP. The engine still loads when this yields; `is_ready` says when it is done.
+
+    At the end no process that was started here is left. Raises UserError for a model or a home that cannot be used.
+    """
+    codec = await asyncio.to_thread(load_codec, settings.model_dir)
+    with closing(Database(settings.database)) as database:
+        services = _start(settings, codec, database)
+        try:
+            await services.jobs.start()
+            yield services
+        finally:
+            await services.jobs.stop()
+            await services.engine.stop()
+            services.startup.cancel()
+            await asyncio.gather(services.startup, return_exceptions=True)
+
+
+def _start(settings: Settings, codec: Codec, database: Database) -> Services:
+    metrics = Metrics(settings.model_name)
+    registry = Registry(
+        database, home=settings.home, organization=settings.organization, base_folders=[settings.model_dir]
+    )
+
+    async def on_ready(ready: EngineReady) -> None:
+        metrics.engine_ready(ready)
+        await serving.on_engine_ready(ready)
+
+    engine = EngineClient(_engine_config(settings), on_ready=on_ready, on_stats=metrics.step)
+    serving = Serving(engine, registry, settings, metrics)
+    admission = Admission(settings.max_num_seqs + settings.max_queued_requests)
+    store = JobStore(database)
+    return Services(
+        settings=settings,
+        codec=codec,
+        engine=engine,
+        serving=serving,
+        generator=Generator(engine=engine, serving=serving, codec=codec, metrics=metrics, admission=admission),
+        admission=admission,
+        registry=registry,
+        store=store,
+        jobs=Supervisor(store, Promoter(store, registry, serving), settings, metrics),
+        files=FileStore(database, settings.files_dir),
+        metrics=metrics,
+        startup=asyncio.create_task(engine.start()),
+    )
+
+
+def _engine_config(settings: Settings) -> EngineConfig:
+    return EngineConfig(
+        device=settings.device,
+        dtype=settings.dtype,
+        base_dir=str(settings.model_dir),
+        max_num_seqs=settings.max_num_seqs,
+        max_model_len=settings.max_model_len,
+        kv_cache_bytes=settings.kv_cache_memory,
+        swap=settings.swap,
+        num_threads=settings.num_threads,
+        seed=settings.seed,
+    )
