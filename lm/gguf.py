@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from lm.config import ModelConfig
 from lm.errors import UserError
+from lm.weight_files import Shape, expected_shapes
 
-Shape = tuple[int, ...]
 OnTensor = Callable[[int, int], None]
 """Called with (tensors written, tensors in all)."""
 
@@ -56,7 +58,8 @@ def convert_gguf(source: Path, target: Path, on_tensor: OnTensor = lambda done, 
     fields = {name: field.contents() for name, field in reader.fields.items()}
     config = _config(fields, tied="output.weight" not in {tensor.name for tensor in reader.tensors})
     tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
-    _check_shapes(tensors, expected_shapes(config))
+    shapes = dict(islice(expected_shapes(ModelConfig.from_dict(config)), len(tensors) + 1))
+    _check_shapes(tensors, shapes)
     _write_json(target / "config.json", config)
     _write_json(target / "generation_config.json", _generation_config(config))
     build_tokenizer(fields).save(str(target / "tokenizer.json"))
@@ -64,32 +67,7 @@ def convert_gguf(source: Path, target: Path, on_tensor: OnTensor = lambda done, 
     if template := fields.get("tokenizer.chat_template"):
         (target / "chat_template.jinja").write_text(template, encoding="utf-8")
     with (target / "model.safetensors").open("wb") as file:
-        _write_safetensors(file, tensors, config, on_tensor)
-
-
-def expected_shapes(config: dict[str, Any]) -> dict[str, Shape]:
-    """Parameter name -> shape of the llama model that an HF config describes."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    queries = config["num_attention_heads"] * config["head_dim"]
-    keys = config["num_key_value_heads"] * config["head_dim"]
-    layer = {
-        "input_layernorm": (hidden,),
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "post_attention_layernorm": (hidden,),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
-    for index in range(config["num_hidden_layers"]):
-        shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
-    shapes["model.norm.weight"] = (hidden,)
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
-    return shapes
+        _write_safetensors(file, tensors, shapes, config, on_tensor)
 
 
 def undo_permutation(weight: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
@@ -206,10 +184,13 @@ def _check_shapes(tensors: dict[str, gguf.ReaderTensor], expected: dict[str, Sha
 
 
 def _write_safetensors(
-    file: BinaryIO, tensors: dict[str, gguf.ReaderTensor], config: dict[str, Any], on_tensor: OnTensor
+    file: BinaryIO,
+    tensors: dict[str, gguf.ReaderTensor],
+    shapes: dict[str, Shape],
+    config: dict[str, Any],
+    on_tensor: OnTensor,
 ) -> None:
     """The format is a length, a JSON header and the raw bytes, so one tensor at a time is in memory."""
-    shapes = expected_shapes(config)
     header = json.dumps({"__metadata__": {"format": "pt"}, **dict(_layout(shapes))}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     file.write(len(header).to_bytes(8, "little") + header)
