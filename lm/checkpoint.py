@@ -20,7 +20,7 @@ from lm.config import load_config
 from lm.errors import UserError
 from lm.folder import publish
 from lm.model import LlamaForCausalLM
-from lm.template import DEFAULT_TEMPLATE, find_template
+from lm.template import DEFAULT_ORIGIN, DEFAULT_TEMPLATE, find_template
 from lm.weight_files import INDEX_FILE, SINGLE_FILE, TensorEntry, validate_checkpoint
 
 SHARD_BYTES = 5_000_000_000
@@ -79,9 +79,8 @@ def save_model(
             if (config_folder / name).is_file():
                 shutil.copyfile(config_folder / name, folder / name)
         _write_config(config_folder, folder, dtype)
-        template, _ = find_template(config_folder)
-        if template == DEFAULT_TEMPLATE:
-            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        if find_template(config_folder)[1] == DEFAULT_ORIGIN:
+            (folder / "chat_template.jinja").write_text(DEFAULT_TEMPLATE, encoding="utf-8")
         _write_weights(state, folder, dtype, shard_bytes)
         validate_checkpoint(folder, load_config(folder))
 

@@ -8,6 +8,7 @@ trained are the difference between a rendered conversation and its own prompts.
 from __future__ import annotations
 
 import json
+import logging
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lm.errors import UserError
 from lm.tokenizer import Tokenizer, read_json
 
+log = logging.getLogger(__name__)
+
 Message = Mapping[str, str]
 """`role` (system, user or assistant) and `content`."""
 
@@ -38,6 +41,7 @@ DEFAULT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 """ChatML, with each turn ended by the token at which this model stops anyway."""
+DEFAULT_ORIGIN = "the default one, as the model has none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,11 +137,14 @@ class ChatTemplate:
 
 
 def load_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
-    """The chat template of a model folder: chat_template.jinja, else tokenizer_config.json, else the default.
+    """The chat template of a model folder: chat_template.jinja, else tokenizer_config.json, else the default one,
+    which the log mentions.
 
     Raises UserError when the template is not valid Jinja, or when there are several and none is named `default`.
     """
     source, origin = find_template(folder)
+    if origin == DEFAULT_ORIGIN:
+        log.warning("%s has no chat template: messages are written as ChatML, each ended by the model's EOS", folder)
     try:
         template = _environment().from_string(source)
     except jinja2.TemplateSyntaxError as error:
@@ -163,7 +170,7 @@ def find_template(folder: Path) -> tuple[str, str]:
         entry = entry["default"]
     if isinstance(entry, str):
         return entry, "tokenizer_config.json"
-    return DEFAULT_TEMPLATE, "the default one, ChatML: the model has none"
+    return DEFAULT_TEMPLATE, DEFAULT_ORIGIN
 
 
 def check_messages(messages: Any) -> None:
