@@ -65,11 +65,6 @@ class Tokenizer:
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def id_to_token(self, token_id: int) -> str | None:
-        """The vocabulary's spelling of a token (`Ġhello` in byte-level vocabularies); None for an unknown id."""
-        token: str | None = self.backend.id_to_token(token_id)
-        return token
-
     def _encode(self, text: str, *, add_special_tokens: bool) -> tokenizers.Encoding:
         if not text.isascii():
             _check_unicode(text)
