@@ -28,11 +28,11 @@ def peak_bandwidth(device: torch.device) -> tuple[float, Literal["measured", "as
     """Bytes/s, and whether they were measured now (under 0.3 s) or assumed from the device's name and memory."""
     if device.type == "npu":
         module = torch.get_device_module(device)
-        return _assumed(module.get_device_name(device), module.mem_get_info(device)[1]), "assumed"
+        return assumed_bandwidth(module.get_device_name(device), module.mem_get_info(device)[1]), "assumed"
     return _measured(device), "measured"
 
 
-def _assumed(name: str, total_memory: int) -> float:
+def assumed_bandwidth(name: str, total_memory: int) -> float:
     for prefix, bandwidth in NPU_BANDWIDTH:
         if name.startswith(prefix):
             return bandwidth

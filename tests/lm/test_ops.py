@@ -75,11 +75,11 @@ def test_rms_norm_reference_equals_transformers() -> None:
 
 
 def test_rms_norm_of_bf16_is_computed_in_fp32() -> None:
-    """One rounding, of the result."""
-    x, weight = 7 * random(3, 5, 48, dtype=BF16), random(48, dtype=BF16, seed=1)
+    """One rounding, of the result: a second one would show in a third of the numbers."""
+    x, weight = 7 * random(30, 5, 48, dtype=BF16), random(48, dtype=BF16, seed=1)
     exact = reference.rms_norm(x.float(), weight.float(), 1e-5).to(BF16)
     for ops in (REFERENCE, ops_for("cpu", BF16)):
-        torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5), exact, rtol=2**-7, atol=0)
+        assert (ops.rms_norm(x, weight, 1e-5) == exact).float().mean() > 0.99
 
 
 @every_choice
@@ -107,15 +107,14 @@ def test_apply_rope_reference_equals_transformers() -> None:
         torch.testing.assert_close(got, expected)
 
 
-@every_dtype
-def test_apply_rope_rotates_bf16_in_fp32(dtype: torch.dtype) -> None:
-    """One rounding, of the result: not one of cosine and sine as well."""
-    query, key = random(2, 5, 4, HEAD_DIM, dtype=dtype), random(2, 5, 2, HEAD_DIM, dtype=dtype, seed=1)
+def test_apply_rope_rotates_bf16_in_fp32() -> None:
+    """One rounding, of the result: not one of cosine, sine and products as well."""
+    query, key = random(2, 5, 4, HEAD_DIM, dtype=BF16), random(2, 5, 2, HEAD_DIM, dtype=BF16, seed=1)
     cos, sin = rotation(2, 5)
     exact = reference.apply_rope(query.float(), key.float(), cos, sin)
-    for ops in (REFERENCE, ops_for("cpu", dtype)):
+    for ops in (REFERENCE, ops_for("cpu", BF16)):
         for got, expected in zip(ops.apply_rope(query, key, cos, sin), exact, strict=True):
-            torch.testing.assert_close(got, expected.to(dtype), rtol=2**-8 if dtype == BF16 else 1e-6, atol=1e-6)
+            assert (got == expected.to(BF16)).float().mean() > 0.99
 
 
 @every_choice
