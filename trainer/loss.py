@@ -25,7 +25,7 @@ def summed_cross_entropy(
     if torch.is_grad_enabled():
         return _CrossEntropy.apply(hidden, weight, targets, rows)  # type: ignore[no-any-return, no-untyped-call]
     head = weight.to(hidden.dtype)
-    chunks = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
     losses = [F.cross_entropy((h @ head.T).float(), t, reduction="sum") for h, t in chunks]
     return torch.stack(losses).sum()
 
@@ -37,7 +37,7 @@ class _CrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        pieces = zip(torch.split(hidden, rows), torch.split(targets, rows), torch.split(grad_hidden, rows), strict=True)
+        pieces = zip(hidden.split(rows), targets.split(rows), grad_hidden.split(rows), strict=True)
         for h, t, grad in pieces:
             log_probs = (h @ head.T).float().log_softmax(-1)  # (rows, V)
             target = t[:, None]

@@ -1,0 +1,267 @@
+"""Supervised fine-tuning of one model on one device: the whole of it (`full`) or a small adapter (`lora`)."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lm.checkpoint import load_weights
+from lm.config import load_config
+from lm.device import choose_dtype, memory_figures, resolve_device, seed_everything
+from lm.lora import add_lora
+from lm.model import LlamaForCausalLM, build_model
+from lm.ops import choose_ops
+from lm.template import load_template
+from lm.tokenizer import load_tokenizer
+from trainer.config import RunConfig
+from trainer.data.batches import Batch, epoch_steps, in_batches, steps_per_epoch
+from trainer.data.dataset import Dataset, load_dataset
+from trainer.data.records import Record, read_records
+from trainer.loss import summed_cross_entropy
+from trainer.optimizer import build_optimizer, clip_gradients, set_learning_rate
+from trainer.outcome import NonFiniteLoss
+from trainer.progress import Progress, StepReport
+from trainer.publish import Publisher, lora_spec
+from trainer.run_folder import RunFolder
+from trainer.schedule import learning_rate
+
+log = logging.getLogger(__name__)
+
+
+class FineTuneRecipe:
+    """Full and LoRA fine-tuning in one loop. Use it as: build, `setup`, `train`.
+
+    - Precision. Trained weights, their gradients and AdamW's moments are fp32. With bf16 the products run in bf16
+      under autocast, and weights that LoRA leaves frozen are stored in bf16.
+    - `gradient_accumulation_steps`: memory of a small batch, gradient of a large one. Gradients are weighted by trained
+      tokens, so how a step is divided into batches does not change it.
+    - `enable_activation_checkpointing`: less memory for a third more time; the same numbers.
+    - Loss on trained tokens only, their logits in chunks (trainer/loss.py).
+    - A step whose loss or gradients are not finite is not taken: it ends the run, and no checkpoint follows.
+
+    `check_cancelled` is called between steps and raises when the run shall stop.
+    """
+
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, progress: Progress, check_cancelled: Callable[[], None]
+    ) -> None:
+        self.config = config
+        self.progress = progress
+        self.check_cancelled = check_cancelled
+        self.base = Path(config.model)
+        self.model_config = load_config(self.base)
+        self.choice = resolve_device(config.device)
+        self.device = self.choice.device
+        self.precision = choose_dtype(config.dtype, self.device)
+        self.publisher = Publisher(config, folder, self.precision.dtype)
+        self.step = 0
+        self.trained_tokens = 0
+
+    def setup(self) -> None:
+        """Check the data first, since that is quick, then load what is trained."""
+        seed_everything(self.config.seed, self.device)
+        self.dataset = self._load_dataset()
+        self.steps_per_epoch = steps_per_epoch(
+            len(self.dataset.training),
+            batch_size=self.config.batch_size,
+            accumulation=self.config.gradient_accumulation_steps,
+        )
+        planned = self.config.epochs * self.steps_per_epoch
+        self.total_steps = min(planned, self.config.max_steps or planned)
+        self.check_cancelled()
+        self.model = self._load_model()
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = build_optimizer(self.trained, weight_decay=self.config.weight_decay)
+        log.info("Optimizer is initialized.")
+        log.info("Loss is initialized.")
+        self._report_start()
+        self.publisher.check_disk_space(self.model, num_saves=sum(map(self._saves, range(1, self.total_steps + 1))))
+
+    def train(self) -> None:
+        window_start = time.perf_counter()
+        for epoch in range(1, math.ceil(self.total_steps / self.steps_per_epoch) + 1):
+            num_steps = min(self.steps_per_epoch, self.total_steps - self.step)
+            for batches in self.progress.bar(itertools.islice(self._steps(epoch), num_steps), num_steps):
+                self.check_cancelled()
+                self.step += 1
+                rate = self._learning_rate()
+                loss, grad_norm = self.train_step(batches, rate)
+                self._report_step(epoch, batches, loss, rate, grad_norm, time.perf_counter() - window_start)
+                if self._saves(self.step):
+                    self.save(loss)
+                window_start = time.perf_counter()
+
+    def train_step(self, batches: list[Batch], rate: float) -> tuple[float, float]:
+        """One optimizer step: the mean loss over its trained tokens, and the norm of the gradients before clipping."""
+        num_trained = sum(batch.num_trained for batch in batches)
+        losses = []
+        for batch in batches:
+            loss = self.summed_loss(batch) / num_trained
+            loss.backward()
+            losses.append(loss.detach())
+        norm = clip_gradients(self.trained, self.config.max_grad_norm)
+        loss_value, norm_value = torch.stack([torch.stack(losses).sum(), norm]).tolist()  # the step's only host sync
+        self._check_finite(loss=loss_value, grad_norm=norm_value)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss_value, norm_value
+
+    def summed_loss(self, batch: Batch) -> Tensor:
+        """Sum of the losses of a batch's trained tokens, as a tensor on the device."""
+        batch = batch.to(self.device)
+        with self._autocast():
+            hidden = self.model(batch.input_ids, batch.positions)
+        rows = hidden.flatten(0, 1).index_select(0, batch.target_rows).to(self.precision.dtype)
+        return summed_cross_entropy(rows, self.model.output_weight, batch.targets)
+
+    @torch.no_grad()
+    def validate(self) -> float | None:
+        """Mean loss over the trained tokens of the held-out records. None when there are none."""
+        if not self.dataset.validation:
+            return None
+        self.model.eval()
+        batches = list(in_batches(self.dataset.validation, self.config.batch_size))
+        total = torch.stack([self.summed_loss(batch) for batch in batches]).sum().item()
+        self.model.train()
+        return float(total) / sum(batch.num_trained for batch in batches)
+
+    def save(self, loss: float) -> None:
+        """Publish a checkpoint of this step, and say so."""
+        final = self.step == self.total_steps
+        validation_loss = self.validate()
+        if validation_loss is not None:
+            self._check_finite(validation_loss=validation_loss)
+            self.progress.event("validation", step=self.step, loss=validation_loss)
+        for kind, path in self.publisher.publish(self.model, self.step, final=final):
+            self.progress.event(
+                "checkpoint",
+                step=self.step,
+                kind=kind,
+                path=path,
+                final=final,
+                loss=loss,
+                validation_loss=validation_loss,
+            )
+
+    # ---- parts of setup
+
+    def _load_dataset(self) -> Dataset:
+        files = [read_records(Path(name)) for name in self.config.data_files]
+        template = load_template(self.base, load_tokenizer(self.base))
+        log.info("Tokenizer is initialized from file.")
+        dataset = load_dataset(
+            self._until_cancelled(itertools.chain.from_iterable(files)),
+            template,
+            max_seq_len=min(self.config.max_seq_len, self.model_config.max_position_embeddings),
+            train_on_input=self.config.train_on_input,
+            validation_split=self.config.validation_split,
+            seed=self.config.seed,
+        )
+        self.progress.event("dataset", **dataset.report())
+        for warning in dataset.warnings:
+            log.warning(warning)
+            self.progress.event("warning", message=warning)
+        return dataset
+
+    def _until_cancelled(self, records: Iterable[Record]) -> Iterator[Record]:
+        for record in records:
+            self.check_cancelled()
+            yield record
+
+    def _load_model(self) -> LlamaForCausalLM:
+        is_lora = self.config.recipe == "lora"
+        dtype = self.precision.dtype if is_lora else torch.float32
+        ops, variants = choose_ops(self.device, self.precision.dtype)
+        model = build_model(self.model_config, device=self.device, dtype=dtype, ops=ops)
+        load_weights(model, self.base)
+        if is_lora:
+            add_lora(model, lora_spec(self.config))
+        model.checkpoint_activations = self.config.enable_activation_checkpointing
+        for name, variant in variants.items():
+            log.info(f"{name}: {variant}")
+        log.info(f"Model is initialized with precision {self.precision.dtype}.")
+        figures, label = memory_figures(self.device), self.device.type.upper()
+        log.info(
+            "Memory stats after model init:"
+            f"\n\t{label} peak memory allocation: {figures.peak_allocated / 2**30:.2f} GiB"
+            f"\n\t{label} peak memory reserved: {figures.peak_reserved / 2**30:.2f} GiB"
+            f"\n\t{label} peak memory active: {figures.peak_active / 2**30:.2f} GiB"
+        )
+        return model.train()
+
+    def _report_start(self) -> None:
+        self.progress.event(
+            "started",
+            pid=os.getpid(),
+            device=str(self.device),
+            device_reason=self.choice.reason,
+            dtype=self.precision.name,
+            dtype_reason=self.precision.reason,
+            parameters=self.model_config.num_parameters,
+            trainable_parameters=sum(parameter.numel() for parameter in self.trained),
+        )
+
+    # ---- parts of a step
+
+    def _steps(self, epoch: int) -> Iterator[list[Batch]]:
+        return epoch_steps(
+            self.dataset.training,
+            batch_size=self.config.batch_size,
+            accumulation=self.config.gradient_accumulation_steps,
+            seed=self.config.seed,
+            epoch=epoch,
+        )
+
+    def _learning_rate(self) -> float:
+        return learning_rate(
+            self.step,
+            total_steps=self.total_steps,
+            peak=self.config.peak_learning_rate,
+            warmup_ratio=self.config.warmup_ratio,
+        )
+
+    def _check_finite(self, **numbers: float) -> None:
+        if not all(map(math.isfinite, numbers.values())):
+            figures = ", ".join(f"{name} {number}" for name, number in numbers.items())
+            raise NonFiniteLoss(
+                f"step {self.step}: {figures}; lower learning_rate (now {self.config.peak_learning_rate}) or look for "
+                f"damaged weights in {self.config.model}"
+            )
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.precision.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.precision.dtype)
+
+    def _saves(self, step: int) -> bool:
+        return step == self.total_steps or step % (self.config.save_every_n_steps or self.steps_per_epoch) == 0
+
+    def _report_step(
+        self, epoch: int, batches: list[Batch], loss: float, rate: float, grad_norm: float, seconds: float
+    ) -> None:
+        num_trained = sum(batch.num_trained for batch in batches)
+        self.trained_tokens += num_trained
+        self.progress.step(
+            StepReport(
+                step=self.step,
+                total_steps=self.total_steps,
+                epoch=epoch,
+                loss=loss,
+                learning_rate=rate,
+                grad_norm=grad_norm,
+                trained_tokens_per_second=num_trained / seconds,
+                processed_tokens_per_second=sum(batch.num_tokens for batch in batches) / seconds,
+                trained_tokens=self.trained_tokens,
+                peak_memory_bytes=memory_figures(self.device).peak_allocated,
+            )
+        )
