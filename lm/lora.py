@@ -127,6 +127,12 @@ def save_adapter(model: LlamaForCausalLM, spec: LoraSpec, final: Path, *, base_m
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def check_adapter(model: LlamaForCausalLM, folder: Path) -> None:
+    """Raise what `merge_adapter` would refuse; nothing is changed."""
+    rank, _ = _read_config(folder)
+    _adapted_layers(model, folder, rank)
+
+
 def merge_adapter(model: LlamaForCausalLM, folder: Path) -> None:
     """Add the updates in the PEFT folder `folder` to the weights of the plain `model`, computed in fp32.
 

@@ -72,8 +72,9 @@ class AbortRequest(Message, frozen=True):
 class LoadModel(Message, frozen=True):
     """Load weights under a new name. Requests that name `model_id` may follow at once: they wait for the load.
 
-    With `replaces`, the old weights go once their last request has finished: after the load (overlap), or before
-    it (drain, where memory does not hold two sets).
+    `replaces` names weights that make room: where memory does not hold two sets, the new ones are loaded into their
+    place once their last request has finished (drain); requests for the old name that come meanwhile are answered as
+    `unavailable` then, or served after all if the load fails. Otherwise (overlap) the old ones stay until UnloadModel.
     """
 
     model_id: str

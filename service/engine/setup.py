@@ -104,5 +104,5 @@ def _describe(
         num_blocks=plan.num_blocks,
         peak_bandwidth=bandwidth,
         peak_bandwidth_source=source,
-        torch_version=torch.__version__,
+        torch_version=str(torch.__version__),
     )

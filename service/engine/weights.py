@@ -20,6 +20,7 @@ from lm.checkpoint import weights_hash
 from lm.config import ModelConfig
 from lm.device import memory_figures
 from lm.errors import UserError
+from lm.lora import check_adapter
 from lm.model import LlamaForCausalLM
 from service.engine.loader import Source, Target, check_source, fill, in_background, place, read
 from service.engine.messages import (
@@ -140,9 +141,10 @@ class WeightStore:
         try:
             mode = yield from self._load(command)
         except Exception as error:
-            logger.exception("%s could not be loaded", command.model_id)
-            message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            self._events.append(ModelLoadFailed(model_id=command.model_id, message=message))
+            logger.error(
+                "%s could not be loaded: %s", command.model_id, error, exc_info=not isinstance(error, UserError)
+            )
+            self._events.append(ModelLoadFailed(model_id=command.model_id, message=_tell(error)))
             return
         loaded = self._current[command.model_id]
         event = ModelLoaded(
@@ -156,10 +158,8 @@ class WeightStore:
         self._events.append(event)
 
     def _load(self, command: LoadModel) -> Generator[None, None, Mode]:
-        source = Source(
-            base_dir=Path(command.base_dir),
-            adapter_dir=None if command.adapter_dir is None else Path(command.adapter_dir),
-        )
+        adapter_dir = None if command.adapter_dir is None else Path(command.adapter_dir)
+        source = Source(base_dir=Path(command.base_dir), adapter_dir=adapter_dir)
         if (loaded := self._current.get(command.model_id)) is not None:
             if loaded.source != source:
                 raise UserError(f"{command.model_id} is loaded already, from {loaded.source.base_dir}: unload it first")
@@ -168,10 +168,9 @@ class WeightStore:
         old = None if command.replaces is None else self._current.get(command.replaces)
         if old is None:
             yield from self._wait_for_memory()
-            mode: Mode = "overlap"
-        else:
-            mode, reason = choose_mode(self._swap, self._target.num_bytes, self._free_bytes())
-            logger.info("%s replaces %s by %s: %s", command.model_id, command.replaces, mode, reason)
+        elif adapter_dir is not None:
+            check_adapter(old.model, adapter_dir)
+        mode = self._choose_mode(command.model_id, old)
         if old is None or mode == "overlap":
             model, hash_ = yield from self._load_beside(source)
         else:
@@ -186,6 +185,13 @@ class WeightStore:
             hash=hash_,
         )
         self._sets[weights.generation] = self._current[command.model_id] = weights
+        return mode
+
+    def _choose_mode(self, model_id: str, old: WeightSet | None) -> Mode:
+        if old is None:
+            return "overlap"
+        mode, reason = choose_mode(self._swap, self._target.num_bytes, self._free_bytes())
+        logger.info("%s takes the place of %s by %s: %s", model_id, old.model_id, mode, reason)
         return mode
 
     def _wait_for_memory(self) -> Generator[None, None, None]:
@@ -213,20 +219,23 @@ class WeightStore:
                 yield
             try:
                 fill(old.model, source)
-            except Exception:
-                self._restore(old)
+            except Exception as error:
+                self._restore(old, error)
                 raise
         finally:
             self._draining = None
         self._forget(old)
         return old.model, weights_hash(old.model.state_dict())
 
-    def _restore(self, old: WeightSet) -> None:
+    def _restore(self, old: WeightSet, cause: Exception) -> None:
+        """Raises UserError when that fails too."""
         try:
             fill(old.model, old.source)
-        except Exception:
-            logger.exception("the old weights, %s, could not be read again: they are gone", old.model_id)
+        except Exception as error:
             self._forget(old)
+            raise UserError(
+                f"{_tell(cause)}; then {old.model_id} could not be read again and is no longer loaded: {_tell(error)}"
+            ) from error
 
     def _forget(self, weights: WeightSet) -> None:
         del self._sets[weights.generation], self._current[weights.model_id]
@@ -235,3 +244,7 @@ class WeightStore:
         """What torch may still take: free memory, and what its allocator holds unused."""
         figures = memory_figures(self._target.device)
         return figures.free + figures.reserved - figures.allocated
+
+
+def _tell(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
