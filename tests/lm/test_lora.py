@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 80, 17, 200, 33, 2, 9]])
+POSITIONS = torch.arange(IDS.shape[1])[None]
 SPEC = LoraSpec(rank=4, alpha=12.0, dropout=0.0, target_modules=LINEAR_LAYERS)
 ATTENTION = LoraSpec(rank=3, alpha=3.0, dropout=0.0, target_modules=("v_proj", "q_proj"))
 
@@ -55,7 +56,7 @@ def adapted(folder: Path, spec: LoraSpec) -> LlamaForCausalLM:
 
 def logits(model: LlamaForCausalLM) -> torch.Tensor:
     with torch.no_grad():
-        return model.logits(model(IDS, torch.arange(IDS.shape[1])[None]))
+        return model.logits(model(IDS, POSITIONS))
 
 
 def their_base(folder: Path) -> Any:
@@ -63,7 +64,6 @@ def their_base(folder: Path) -> Any:
 
 
 def assert_equal(one: torch.Tensor, other: torch.Tensor) -> None:
-    """Within 1e-5 of the largest logit."""
     assert (one - other).abs().max() <= 1e-5 * other.abs().max()
 
 
@@ -148,27 +148,18 @@ def test_only_the_targets_are_trained_and_the_base_keeps_its_names(base: Path) -
     add_lora(model, ATTENTION)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == set(lora_parameters(model)) == set(model.state_dict()) - names
-    assert trainable == {
-        f"model.layers.{layer}.self_attn.{target}.lora_{side}.weight"
-        for layer in range(2)
-        for target in ("q_proj", "v_proj")
-        for side in "AB"
+    modules = {name.rpartition(".lora_")[0] for name in trainable}
+    assert modules == {
+        f"model.layers.{layer}.self_attn.{target}" for layer in range(2) for target in ("q_proj", "v_proj")
     }
     assert sum(parameter.numel() for parameter in lora_parameters(model).values()) == 2 * 3 * (32 + 32 + 32 + 16)
-
-
-def test_gradients_reach_the_updates_and_nothing_else(base: Path) -> None:
-    model = adapted(base, SPEC).train()
-    model.logits(model(IDS, torch.arange(IDS.shape[1])[None])).square().mean().backward()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == (".lora_" in name)
 
 
 def test_gradients_equal_those_of_peft(tmp_path: Path, base: Path) -> None:
     model = adapted(base, SPEC).train()
     save_adapter(model, SPEC, tmp_path / "adapter", base_model=str(base))
     theirs = peft.PeftModel.from_pretrained(their_base(base), str(tmp_path / "adapter"), is_trainable=True).train()
-    model.logits(model(IDS, torch.arange(IDS.shape[1])[None])).square().mean().backward()
+    model.logits(model(IDS, POSITIONS)).square().mean().backward()
     theirs(IDS).logits.square().mean().backward()
     expected = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.requires_grad}
     for name, parameter in lora_parameters(model).items():
@@ -184,23 +175,21 @@ def test_a_bf16_base_trains_fp32_updates_under_autocast(base: Path) -> None:
     add_lora(model, SPEC)
     model.checkpoint_activations = True
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = model(IDS, torch.arange(IDS.shape[1])[None])
+        hidden = model(IDS, POSITIONS)
         loss = model.logits(hidden).float().square().mean()
     loss.backward()
-    grads = {name: parameter.grad for name, parameter in lora_parameters(model).items()}
-    for name, grad in grads.items():
-        assert grad is not None
-        assert grad.dtype == torch.float32
-        assert (grad.abs().sum() > 0) == ("lora_B" in name)  # A's gradient is zero while B is
+    for name, parameter in lora_parameters(model).items():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        assert (parameter.grad.abs().sum() > 0) == ("lora_B" in name)  # A's gradient is zero while B is
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16, torch.float32}
 
 
 def test_dropout_acts_on_the_update_while_training_only(base: Path) -> None:
     layer = LoraLinear(torch.nn.Linear(1000, 1), LoraSpec(rank=1, alpha=1.0, dropout=0.25, target_modules=("q_proj",)))
-    torch.nn.init.zeros_(layer.weight)
-    torch.nn.init.zeros_(layer.bias)
-    torch.nn.init.ones_(layer.lora_A.weight)
-    torch.nn.init.ones_(layer.lora_B.weight)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.fill_(1.0 if "lora" in name else 0.0)
     ones = torch.ones(1, 1000)
     assert layer.eval()(ones).item() == 1000
     torch.manual_seed(0)
@@ -256,18 +245,13 @@ def test_the_config_says_what_peft_needs(adapter: Path) -> None:
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern = {'q_proj': 2} is not supported"),
         ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern = {'q_proj': 2} is not supported"),
         ({"use_rslora": True}, "use_rslora = True is not supported"),
-        ({"use_dora": True}, "use_dora = True is not supported"),
-        ({"bias": "all"}, "bias = 'all' is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head'] is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not supported"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out = True is not supported"),
-        ({"peft_type": "IA3"}, "peft_type = 'IA3' is not supported"),
         ({"peft_type": None}, "peft_type = None is not supported"),
         ({"an_option_of_the_future": 1}, "an_option_of_the_future = 1 is not supported"),
         ({"r": 0}, "r must be a positive int (got 0)"),
         ({"r": 2.5}, "r must be a positive int (got 2.5)"),
         ({"r": 4}, "q_proj.lora_A.weight is (3, 32), and should be (4, 32)"),
-        ({"lora_alpha": -1}, "lora_alpha must be a positive float (got -1)"),
         ({"lora_alpha": math.nan}, "lora_alpha must be a positive float (got nan)"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import AutoTokenizer
 from lm.errors import UserError
 from lm.template import MAX_RENDERED_CHARS, ChatTemplate, load_template
 from lm.tokenizer import load_tokenizer
+from tests.support.texts import random_contents
 from tests.support.tiny_tokenizers import STYLES, write_json, write_tokenizer
 
 SYSTEM = {"role": "system", "content": "Answer in one line."}
@@ -59,13 +59,6 @@ def trained_text(template: ChatTemplate, messages: list[dict[str, str]]) -> str:
 
 def ids_of_transformers(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
     return list(tokenizer.apply_chat_template(messages, tokenize=True, **options)["input_ids"])
-
-
-def random_contents(count: int) -> list[str]:
-    """Contents that do not begin with white space, which may merge with the white space that the template writes."""
-    rng = random.Random(3)
-    pieces = ["a", "Hello", " world", "\n", "\n\n", "  ", "你好", "🙂", "12", "=", "\t", ".", "é", "</s>", "<|eot_id|>"]
-    return [rng.choice("xY1你🙂(") + "".join(rng.choices(pieces, k=rng.randrange(8))) for _ in range(count)]
 
 
 # ---- rendering

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,43 +14,8 @@ from transformers import AutoTokenizer
 
 from lm.errors import NotFoundError, UserError
 from lm.tokenizer import load_tokenizer
+from tests.support.texts import random_texts
 from tests.support.tiny_tokenizers import STYLES, write_json, write_tokenizer
-
-FRAGMENTS = (
-    *("Hello", "world", " ", "  ", "\n", "\n\n", "\t", "\r\n", "12345", "3.14", "don't", "naïve", "e\u0301", "ﬁ"),
-    *(
-        "你好",
-        "世界",
-        "人工智能",
-        "。",
-        ",",
-        "日本語",
-        "한국어",
-        "العربية",
-        "🙂",
-        "👩‍👩‍👧",
-        "🤖",
-        "\u200b",
-        "\ufeff",
-        "\x00",
-        "▁",
-    ),
-    *("def f(x):\n    return x", "{'a': [1]}", "<b>&amp;</b>", "==", "#!/bin/sh", "C:\\n", "https://a.b/c?d=e", "Ġ"),
-    *("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|begin_of_text|>", "<s>", "</s>", "<unk>", "<|im_end", "[INST]"),
-)
-
-
-def random_texts(count: int) -> list[str]:
-    """Texts of 0 to 12 fragments each, every third with random code points in between."""
-    rng = random.Random(7)
-    texts = []
-    for index in range(count):
-        parts = rng.choices(FRAGMENTS, k=rng.randrange(13))
-        if index % 3 == 0:
-            parts += [chr(rng.choice((rng.randrange(0x20, 0xD800), rng.randrange(0xE000, 0x110000)))) for _ in range(4)]
-            rng.shuffle(parts)
-        texts.append("".join(parts))
-    return texts
 
 
 @pytest.mark.parametrize("add_special_tokens", [True, False])
