@@ -22,17 +22,10 @@ MAX_FUNCTION_LINES = 60
 MAX_FUNCTION_MEDIAN = 10
 MAX_FUNCTION_P90 = 30
 VENDOR_FOLDERS = ("lm/device/", "lm/ops/")
+VENDOR_MODULES = ("torch.cuda", "torch.npu", "torch.get_device_module", "torch.accelerator")
 VENDOR_DEVICE = re.compile(r"(cuda|npu)(:\d+)?")
-TORCH_FREE = (
-    "lm.config",
-    "lm.template",
-    "lm.tokenizer",
-    "trainer.config",
-    "trainer.data.records",
-    "trainer.run_folder",
-)
 POLICY = ("service.engine.blocks", "service.engine.messages", "service.engine.scheduler")
-LINE_BUDGET = {"lm": 2500, "trainer": 2000, "service": 6000, "tests": 10000}
+LINE_BUDGET = {"lm": 3000, "trainer": 2000, "service": 8000, "tests": 13000}
 """Lines of Python. Raise a number in the commit that needs it, with the reason in its message."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -117,14 +110,20 @@ def test_a_package_stays_within_its_line_budget(package: str, figure: Callable[[
 
 
 def vendor_uses(tree: ast.AST) -> Iterator[ast.expr]:
-    """Calls and comparisons that name a vendor's device. ruff's banned-api sees modules only, not these."""
+    """Vendor modules, and calls and comparisons that name a vendor's device, which ruff's banned-api does not see."""
     for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_vendor_module(node):
+            yield node
         if isinstance(node, ast.Call):
             is_method = isinstance(node.func, ast.Attribute) and node.func.attr in ("cuda", "npu")
             if is_method or any(map(names_vendor, [*node.args, *(keyword.value for keyword in node.keywords)])):
                 yield node
         if isinstance(node, ast.Compare) and any(map(names_vendor, [node.left, *node.comparators])):
             yield node
+
+
+def is_vendor_module(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and f"{node.value.id}.{node.attr}" in VENDOR_MODULES
 
 
 def names_vendor(node: ast.expr) -> bool:
@@ -138,7 +137,8 @@ def test_only_the_device_layer_and_the_ops_name_a_vendors_device() -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["x.cuda()", 'x.to("npu:1")', 'torch.empty(1, device="cuda")', 'device.type == "npu"']
+    "source",
+    ["torch.npu.empty_cache()", "x.cuda()", 'x.to("npu:1")', 'torch.empty(1, device="cuda")', 'device.type == "npu"'],
 )
 def test_a_vendors_device_is_found(source: str) -> None:
     assert list(vendor_uses(ast.parse(source)))
@@ -195,16 +195,21 @@ def test_no_import_cycle_open_or_hidden() -> None:
     assert [module.relative for module in product() if "TYPE_CHECKING" in module.text] == []
 
 
-def test_the_service_imports_no_torch_outside_its_engine_process() -> None:
-    service = [
-        m.name for m in modules("service") if not m.name.startswith("service.engine.") and "__main__" not in m.name
-    ]
+def is_torch_free(module: Module) -> bool:
+    """The service outside its engine process, and every module whose docstring promises it."""
+    promised = "torch-free" in (ast.get_docstring(module.tree) or "").lower()
+    in_service = module.name.startswith("service") and not module.name.startswith("service.engine.")
+    return promised or in_service or module.name in POLICY
+
+
+def test_policy_and_the_service_outside_its_engine_process_import_no_torch() -> None:
     program = (
         "import importlib, sys\n"
         "for name in sys.argv[1:]:\n"
         "    importlib.import_module(name)\n"
         "    assert 'torch' not in sys.modules, name\n"
     )
-    command = [sys.executable, "-c", program, *TORCH_FREE, *POLICY, *service]
+    names = [module.name for module in product() if is_torch_free(module) and "__main__" not in module.name]
+    command = [sys.executable, "-c", program, *names]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

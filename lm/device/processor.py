@@ -1,4 +1,4 @@
-"""What the processor calls itself and what it can do, as Linux says. Torch-free."""
+"""What the processor calls itself and what it can do, as Linux says."""
 
 from __future__ import annotations
 
