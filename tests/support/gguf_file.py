@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.support.tiny import make_tiny_llama
+
 NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -45,23 +47,21 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def tiny_llama(*, tied: bool, vocab_size: int) -> LlamaForCausalLM:
-    """Random weights. Grouped queries, so that a permutation by the wrong number of heads shows."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
+def make_tiny_gguf(path: Path, *, tied: bool = True, pre: str = "smollm") -> LlamaForCausalLM:
+    """Write a random llama to `path` and return it, with the weights that the file's quantized ones stand for."""
+    model, tokenizer = tiny_parts(path.parent / "original", tied=tied)
+    write_gguf(path, model, tokenizer, pre=pre)
+    return model
+
+
+def tiny_parts(folder: Path, *, tied: bool = True) -> tuple[LlamaForCausalLM, Tokenizer]:
+    tokenizer = tiny_tokenizer()
+    rope = {"rope_type": "default", "rope_theta": ROPE_THETA}
+    make_tiny_llama(
+        folder, tie_word_embeddings=tied, vocab_size=tokenizer.get_vocab_size(), rope_parameters=rope, rms_norm_eps=1e-5
     )
-    return LlamaForCausalLM(config)
+    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(folder)
+    return model, tokenizer
 
 
 def write_gguf(path: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, *, pre: str = "smollm") -> None:
