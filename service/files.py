@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import shutil
 import sqlite3
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from lm.errors import NotFoundError
 from service.database import Database
+from service.jobs.checking import check_files_aside
 from service.jobs.job import new_id
-from trainer.data.records import read_records
 
 Purpose = Literal["fine-tune", "assistants", "batch", "vision", "user_data", "evals"]
 FINE_TUNE: Purpose = "fine-tune"
@@ -34,50 +36,46 @@ class FileStore:
         self.database = database
         self.folder = folder
 
-    def receive(self, source: BinaryIO, *, filename: str, purpose: Purpose) -> Path:
-        """Copy `source` to a temporary file and check it. May run in any thread; ends with `add` or an exception.
+    async def take(self, source: BinaryIO, *, filename: str, purpose: Purpose) -> StoredFile:
+        """Keep what `source` holds. Training data is checked to its end: raises UserError and keeps nothing."""
+        path = await asyncio.to_thread(self._copy, source)
+        try:
+            if purpose == FINE_TUNE:
+                await check_files_aside([(path, filename)], param="file")
+            return self._add(path, filename=filename, purpose=purpose)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
-        Training data is read to its end: raises DataError with the record and the line, and keeps nothing.
-        """
+    def _copy(self, source: BinaryIO) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".upload.", delete=False) as file:
-            path = Path(file.name)
             try:
                 shutil.copyfileobj(source, file, 1 << 20)
                 file.flush()
-                if purpose == FINE_TUNE:
-                    for _ in read_records(path, name=filename):
-                        pass
+                os.fsync(file.fileno())
             except BaseException:
-                path.unlink()
+                Path(file.name).unlink()
                 raise
-        return path
+        return Path(file.name)
 
-    def add(self, received: Path, *, filename: str, purpose: Purpose) -> StoredFile:
-        """Give a received file its id."""
+    def _add(self, copy: Path, *, filename: str, purpose: Purpose) -> StoredFile:
         stored = StoredFile(
             id=new_id("file-"),
             filename=filename,
             purpose=purpose,
-            bytes=received.stat().st_size,
+            bytes=copy.stat().st_size,
             created_at=time.time(),
         )
-        received.rename(self.path(stored.id))
-        self.database.insert(
-            "files",
-            id=stored.id,
-            filename=filename,
-            purpose=purpose,
-            bytes=stored.bytes,
-            created_at=stored.created_at,
-        )
+        copy.rename(self.path(stored.id))
+        self.database.insert("files", **asdict(stored))
         return stored
 
-    def get(self, file_id: str) -> StoredFile:
+    def get(self, file_id: str, *, param: str = "file_id") -> StoredFile:
         """Raises NotFoundError."""
         row = self.database.row("SELECT * FROM files WHERE id = ?", file_id)
         if row is None:
-            raise NotFoundError(f"there is no file {file_id!r:.80}; GET /v1/files lists the files", param="file_id")
+            raise NotFoundError(f"there is no file {file_id!r:.80}; GET /v1/files lists the files", param=param)
         return _file(row)
 
     def path(self, file_id: str) -> Path:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import io
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from lm.errors import NotFoundError, UserError
 from service.database import Database
 from service.files import FileStore, Purpose, StoredFile
+from service.jobs.checking import SMALL_BYTES
 
 GOOD = b'{"input": "a", "output": "b"}\n'
 
@@ -20,8 +22,7 @@ def files(database: Database, home: Path) -> FileStore:
 def add(
     files: FileStore, data: bytes = GOOD, *, filename: str = "a.jsonl", purpose: Purpose = "fine-tune"
 ) -> StoredFile:
-    received = files.receive(io.BytesIO(data), filename=filename, purpose=purpose)
-    return files.add(received, filename=filename, purpose=purpose)
+    return asyncio.run(files.take(io.BytesIO(data), filename=filename, purpose=purpose))
 
 
 def test_a_file_comes_back_byte_for_byte(files: FileStore) -> None:
@@ -38,6 +39,15 @@ def test_a_bad_line_is_named_and_nothing_is_kept(files: FileStore) -> None:
         add(files, b"")
     assert list(files.folder.iterdir()) == []
     assert files.page(limit=10) == ([], False)
+
+
+def test_a_bad_line_far_down_a_large_file_is_found_by_another_process(files: FileStore) -> None:
+    large = GOOD * (SMALL_BYTES // len(GOOD) + 1)
+    with pytest.raises(UserError, match=r"a\.jsonl, record (\d+) \(line \1, column 1\): broken JSON") as error:
+        add(files, large + b"nonsense\n")
+    assert error.value.param == "file"
+    assert list(files.folder.iterdir()) == []
+    assert add(files, large).bytes == len(large)
 
 
 def test_only_training_data_is_checked(files: FileStore) -> None:

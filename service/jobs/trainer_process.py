@@ -1,0 +1,121 @@
+"""A trainer as a process: started in its own session, or adopted from an earlier service process.
+
+Liveness is a lock, not a pid. The lock file `alive` in the run folder is opened by us, locked, and inherited by the
+trainer, so that the kernel frees it at any death of the trainer and at no death of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import trainer
+from trainer.run_folder import RunFolder
+
+TRAINER = (sys.executable, "-P", "-m", "trainer")
+CPU_NICENESS = 10
+
+
+class TrainerProcess:
+    """Not to be made directly: see `start` and `adopt`."""
+
+    def __init__(self, run: RunFolder, *, pid: int | None, child: subprocess.Popen[bytes] | None) -> None:
+        self.run = run
+        self.pid = pid
+        self._child = child
+        self._kill_at = float("inf")
+
+    @classmethod
+    def start(cls, run: RunFolder, *, nice: bool, command: Sequence[str] = TRAINER) -> TrainerProcess:
+        """Start `command RUN_DIR`; what it prints goes to the run's log. `nice`: let others on the CPU go first."""
+        with run.log.open("ab") as log, _lock_path(run).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            child = subprocess.Popen(
+                [*command, str(run.path)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=trainer_environment(),
+                start_new_session=True,
+                pass_fds=(lock.fileno(),),
+            )
+        if nice:
+            with contextlib.suppress(ProcessLookupError):
+                os.setpriority(os.PRIO_PROCESS, child.pid, CPU_NICENESS)
+        return cls(run, pid=child.pid, child=child)
+
+    @classmethod
+    def adopt(cls, run: RunFolder, pid: int | None) -> TrainerProcess:
+        """Take over a trainer that an earlier service process started, dead or alive.
+
+        `pid` is None where that process died before it could note it; the trainer's own `started` event tells it then.
+        """
+        return cls(run, pid=pid, child=None)
+
+    @property
+    def exit_code(self) -> int | None:
+        """Negative for a signal. None while it lives, and for an adopted one."""
+        return None if self._child is None else self._child.returncode
+
+    def has_ended(self) -> bool:
+        """Also kills it, when it has outlived the grace period of `terminate`."""
+        ended = not is_alive(self.run) if self._child is None else self._child.poll() is not None
+        if not ended and time.monotonic() > self._kill_at:
+            self._signal_group(signal.SIGKILL)
+        return ended
+
+    def terminate(self, grace_s: float) -> None:
+        """Ask it to end within a step; `has_ended` kills it after `grace_s`."""
+        self._kill_at = min(self._kill_at, time.monotonic() + grace_s)
+        if not self.has_ended():
+            self._signal_group(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it at once, and wait for that."""
+        if not self.has_ended():
+            self._signal_group(signal.SIGKILL)
+        if self._child is not None:
+            self._child.wait()
+
+    def _signal_group(self, number: signal.Signals) -> None:
+        if self.pid is None:
+            started = [event for event in self.run.read_events()[0] if event["type"] == "started"]
+            self.pid = started[0]["pid"] if started else None
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+
+
+def is_alive(run: RunFolder) -> bool:
+    """Whether a trainer that some service process started lives in this run folder."""
+    try:
+        with _lock_path(run).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _lock_path(run: RunFolder) -> Path:
+    return run.path / "alive"
+
+
+def trainer_environment() -> dict[str, str]:
+    """Ours, with the folder that holds the trainer package first, wherever the service was started."""
+    packages = str(Path(trainer.__file__).parent.parent)
+    paths = [packages, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+    }
