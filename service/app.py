@@ -12,12 +12,21 @@ from service import __version__
 from service.api_document import openapi_document
 from service.errors import install_error_handlers
 from service.middleware import BodyLimit, RequestId
-from service.routes import chat, completions, generate, health, models
+from service.routes import chat, checkpoints, completions, files, finetune, generate, health, models
 from service.services import Services, running_services
 from service.settings import Settings
 from service.sse import ClientGone
 
-ROUTERS = (generate.router, completions.router, chat.router, models.router, health.router)
+ROUTERS = (
+    generate.router,
+    finetune.router,
+    checkpoints.router,
+    completions.router,
+    chat.router,
+    models.router,
+    files.router,
+    health.router,
+)
 CLIENT_CLOSED_REQUEST = 499
 
 Compose = Callable[[Settings], AbstractAsyncContextManager[Services]]

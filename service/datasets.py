@@ -1,0 +1,85 @@
+"""From what a request says about its data to files that a trainer can read.
+
+Inline records and small files are checked here, so that the request itself is refused; uploaded files were checked when
+they came; larger ones are left to the job. Nothing is written before everything is checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm.errors import UserError
+from service.files import FINE_TUNE, FileStore
+from service.jobs.checking import are_small, check_files_aside
+from service.schemas.finetune import DatasetRequest
+from service.settings import Settings
+from trainer.data.records import check_records
+
+INLINE_FILE = "records.jsonl"
+DATA_FILES = "dataset.data_files"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingData:
+    files: tuple[str, ...]
+    """Relative to the home folder."""
+    file_id: str | None
+    is_checked: bool
+
+
+async def take_dataset(request: DatasetRequest, *, job_id: str, settings: Settings, files: FileStore) -> TrainingData:
+    """Raises UserError that names the record, the line or the path; NotFoundError for an unknown file id."""
+    if request.records is not None:
+        await asyncio.to_thread(_check_inline, request.records)
+        path = settings.runs_dir / job_id / INLINE_FILE
+        await asyncio.to_thread(_write_jsonl, path, request.records)
+        return TrainingData(files=(_relative(path, settings),), file_id=None, is_checked=True)
+    if request.file_id is not None:
+        stored = files.get(request.file_id, param="dataset.file_id")
+        if stored.purpose != FINE_TUNE:
+            message = f"dataset.file_id: {stored.id} was uploaded with the purpose {stored.purpose}, not {FINE_TUNE}"
+            raise UserError(message, param="dataset.file_id")
+        return TrainingData(files=(_relative(files.path(stored.id), settings),), file_id=stored.id, is_checked=True)
+    named = [(find_data_file(settings.data_dir, name), name) for name in request.named_files()]
+    is_small = are_small(named)
+    if is_small:
+        await check_files_aside(named, param=DATA_FILES)
+    root = settings.data_dir.resolve()
+    relative = tuple(f"data/{path.relative_to(root)}" for path, _ in named)
+    return TrainingData(files=relative, file_id=None, is_checked=is_small)
+
+
+def find_data_file(data_dir: Path, name: str) -> Path:
+    """The file that `name`, relative to the data folder, means. Raises UserError for anything outside of it."""
+    try:
+        root = data_dir.resolve()
+        path = (root / name).resolve()
+        is_inside = ".." not in Path(name).parts and not Path(name).is_absolute() and path.is_relative_to(root)
+        is_file = is_inside and path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long; NUL or half characters; a loop of links
+        raise UserError(f"{DATA_FILES}: {name!r:.200} is not a path: {error}", param=DATA_FILES) from error
+    if not is_inside:
+        raise UserError(
+            f"{DATA_FILES}: {name!r:.200} is outside of the data folder; put the file there, or upload it to /v1/files",
+            param=DATA_FILES,
+        )
+    if not is_file:
+        raise UserError(f"{DATA_FILES}: there is no file {name!r:.200} in the data folder", param=DATA_FILES)
+    return path
+
+
+def _check_inline(records: list[Any]) -> None:
+    check_records(records, param="dataset.records")
+
+
+def _write_jsonl(path: Path, records: list[Any]) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def _relative(path: Path, settings: Settings) -> str:
+    return str(path.relative_to(settings.home))

@@ -1,0 +1,71 @@
+"""/v1/files, as OpenAI's clients use it: training data is uploaded once and named by its id."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Form, Query, UploadFile
+from starlette.requests import Request
+from starlette.responses import FileResponse
+
+from lm.errors import UserError
+from service.errors import conflict
+from service.files import Purpose
+from service.schemas.files import FileAnswer, FileDeleted, FileList, file_answer
+from service.services import ServicesDep
+
+router = APIRouter(prefix="/v1/files", tags=["OpenAI"])
+
+
+@router.post("")
+async def create_file(
+    request: Request, file: UploadFile, purpose: Annotated[Purpose, Form()], services: ServicesDep
+) -> FileAnswer:
+    """Upload a file. One with the purpose fine-tune is JSONL or a JSON list of records, and checked to its end."""
+    for name in await request.form():
+        if name not in ("file", "purpose"):
+            hint = "; files do not expire here, delete them instead" if name.startswith("expires_after") else ""
+            raise UserError(f"{name}: unknown field, only file and purpose are taken{hint}", param=name)
+    filename = (file.filename or "upload").encode("utf-8", "replace").decode()
+    return file_answer(await services.files.take(file.file, filename=filename, purpose=purpose))
+
+
+@router.get("")
+async def list_files(
+    services: ServicesDep,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    after: str | None = None,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: Purpose | None = None,
+) -> FileList:
+    """By their time, newest first unless `order` says otherwise."""
+    files, has_more = services.files.page(limit=limit, after=after, purpose=purpose, ascending=order == "asc")
+    return FileList(
+        data=[file_answer(stored) for stored in files],
+        first_id=files[0].id if files else None,
+        last_id=files[-1].id if files else None,
+        has_more=has_more,
+    )
+
+
+@router.get("/{file_id}")
+async def get_file(file_id: str, services: ServicesDep) -> FileAnswer:
+    return file_answer(services.files.get(file_id))
+
+
+@router.delete("/{file_id}")
+async def delete_file(file_id: str, services: ServicesDep) -> FileDeleted:
+    """409 while a job that is not over needs it."""
+    stored = services.files.get(file_id)
+    if (job_id := services.store.uses_file(file_id)) is not None:
+        raise conflict(f"the job {job_id} still needs {file_id}; cancel it, or wait until it is over", param="file_id")
+    services.files.delete(stored.id)
+    return FileDeleted(id=stored.id)
+
+
+@router.get("/{file_id}/content", response_class=FileResponse)
+async def file_content(file_id: str, services: ServicesDep) -> FileResponse:
+    """The bytes, as they were uploaded."""
+    stored = services.files.get(file_id)
+    path = services.files.path(stored.id)
+    return FileResponse(path, media_type="application/octet-stream", filename=stored.filename)

@@ -1,0 +1,39 @@
+"""Answers of /checkpoints."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from service.registry import Kind
+from service.schemas.answers import Answer
+
+
+class CheckpointAnswer(Answer):
+    id: str
+    """What `model` takes in /generate and /v1."""
+    object: Literal["checkpoint"] = "checkpoint"
+    kind: Kind
+    """`base`: a base model. `adapter`: a LoRA adapter on its base. `full`: a whole model."""
+    base: str
+    job_id: str | None
+    step: int | None
+    created_at: int
+    train_loss: float | None
+    """Of the step that it was saved after."""
+    validation_loss: float | None
+    servable: bool
+    """False for checkpoints of another base model than the one that this service serves."""
+    loaded: bool
+    """Whether the engine holds its weights now."""
+    served: bool
+    """Whether it answers requests that name no model, or `latest`."""
+
+
+class CheckpointList(Answer):
+    object: Literal["list"] = "list"
+    data: list[CheckpointAnswer]
+    served: str | None
+    served_since: int | None
+    """Unix seconds; null for a base model that never gave way to a checkpoint."""
+    problems: list[str]
+    """What should be served and could not be loaded, with the reason."""

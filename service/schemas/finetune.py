@@ -1,0 +1,200 @@
+"""Bodies of /finetune. What may be said about the training itself is `TrainingOptions`, field by field."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from service.jobs.job import Job, Promote, Status
+from service.schemas.answers import Answer
+from trainer.config import Recipe, Strict, TrainingOptions
+
+MAX_INLINE_RECORDS = 10_000
+MAX_DATA_FILES = 1000
+
+
+class DatasetRequest(Strict):
+    """Exactly one of `records`, `file_id` and `data_files`."""
+
+    records: Annotated[list[Any], Field(max_length=MAX_INLINE_RECORDS)] | None = None
+    """The records themselves: {"input", "output"} or {"messages": [{"role", "content"}, ...]} each."""
+    file_id: str | None = None
+    """A file that was uploaded to /v1/files with the purpose fine-tune."""
+    data_files: str | Annotated[list[str], Field(min_length=1, max_length=MAX_DATA_FILES)] | None = None
+    """One or more JSON or JSONL files, as paths inside the data folder of the service."""
+    source: Literal["json"] | None = None
+    """May stand beside data_files, as in datasets.load_dataset; JSON and JSONL are told apart by their content."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> DatasetRequest:
+        forms = ("records", "file_id", "data_files")
+        given = [form for form in forms if getattr(self, form) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(forms)}; {' and '.join(given) or 'none'} is given")
+        if self.source is not None and self.data_files is None:
+            raise ValueError("source belongs to data_files; remove it")
+        return self
+
+    def named_files(self) -> list[str]:
+        return [self.data_files] if isinstance(self.data_files, str) else list(self.data_files or ())
+
+
+class FinetuneRequest(TrainingOptions):
+    """POST /finetune. Only `model` and `dataset` are required."""
+
+    model: str
+    """The base model to train: a name of GET /v1/models that is not itself fine-tuned."""
+    dataset: DatasetRequest
+    suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
+    """Part of the name of the result, `ft:<model>:<organization>:<suffix>:<id>`. Letters, digits, `.`, `_` and `-`."""
+    promote: Promote = "final"
+    """When a checkpoint begins to answer: the last one at the end (`final`), `each` as it appears, the one with the
+    `best` validation loss at the end, or none by itself (`manual`)."""
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> FinetuneRequest:
+        if self.promote == "best" and self.validation_split == 0:
+            raise ValueError("promote: best needs a validation loss; set validation_split above 0, such as 0.1")
+        return self
+
+    def options(self) -> TrainingOptions:
+        return TrainingOptions(**{name: getattr(self, name) for name in TrainingOptions.model_fields})
+
+
+class JobErrorAnswer(Answer):
+    code: str
+    message: str
+    param: str | None
+    log_tail: str
+    """The last lines that the trainer printed."""
+
+
+class ProgressAnswer(Answer):
+    step: int
+    total_steps: int
+    epoch: int
+
+
+class LossesAnswer(Answer):
+    train: float | None
+    """Of the newest step: mean over its trained tokens."""
+    validation: float | None
+    """Of the newest checkpoint."""
+
+
+class SpeedAnswer(Answer):
+    trained: float | None
+    """Tokens that the loss counts."""
+    processed: float | None
+    """All tokens, prompts included."""
+
+
+class DatasetAnswer(Answer):
+    records: int
+    tokens: int
+    trained_tokens: int
+    """Of one pass over the data."""
+    truncated: int
+    """Records that were cut at max_seq_len."""
+    longest: int
+    """Tokens of the longest record."""
+    validation_records: int
+
+
+class JobAnswer(Answer):
+    id: str
+    object: Literal["finetune.job"] = "finetune.job"
+    status: Status
+    error: JobErrorAnswer | None
+    """Why the job failed."""
+    created_at: int
+    """Unix seconds, as are the other times."""
+    started_at: int | None
+    finished_at: int | None
+    model: str
+    """The base model."""
+    recipe: Recipe
+    suffix: str
+    promote: Promote
+    config: dict[str, Any]
+    """All training options as they are in effect."""
+    file_id: str | None
+    queue_position: int | None
+    """1 is next on its device. Null unless queued."""
+    attempt: int
+    """Above 1 after the service was stopped while the job ran: it begins again."""
+    progress: ProgressAnswer | None
+    eta_s: float | None
+    """Seconds to the last step at the pace so far."""
+    losses: LossesAnswer
+    tokens_per_second: SpeedAnswer
+    trained_tokens: int | None
+    peak_memory_bytes: int | None
+    device: str | None
+    """The device that the trainer chose."""
+    dtype: str | None
+    dataset: DatasetAnswer | None
+    """What was found in the data."""
+    checkpoints: list[str]
+    """What the job made so far, as names that `model` takes in /generate and /v1, oldest first."""
+    fine_tuned_model: str | None
+    """The checkpoint that the job is about, once it has succeeded."""
+
+
+class JobList(Answer):
+    object: Literal["list"] = "list"
+    data: list[JobAnswer]
+    has_more: bool
+
+
+class EventList(Answer):
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]]
+    """Each has `id` (its number within the job, from 1), `type`, `time`, and what its type brings."""
+    has_more: bool
+
+
+class MetricsAnswer(Answer):
+    object: Literal["finetune.metrics"] = "finetune.metrics"
+    steps: list[dict[str, Any]]
+    """The trainer's figures of each step."""
+    validation: list[dict[str, Any]]
+
+
+def job_answer(job: Job, *, checkpoints: list[str], queue_position: int | None) -> JobAnswer:
+    started, dataset = job.progress.started or {}, job.progress.dataset
+    step, validation = job.progress.step or {}, job.progress.validation or {}
+    return JobAnswer(
+        id=job.id,
+        status=job.status,
+        error=None if job.error is None else JobErrorAnswer.model_validate(job.error, from_attributes=True),
+        created_at=int(job.created_at),
+        started_at=_seconds(job.started_at),
+        finished_at=_seconds(job.finished_at),
+        model=job.model,
+        recipe=job.options.recipe,
+        suffix=job.suffix,
+        promote=job.promote,
+        config={**job.options.model_dump(mode="json"), "learning_rate": job.options.peak_learning_rate},
+        file_id=job.file_id,
+        queue_position=queue_position,
+        attempt=job.attempt,
+        progress=ProgressAnswer.model_validate(step) if step else None,
+        eta_s=None if job.finished else job.progress.eta_s,
+        losses=LossesAnswer(train=step.get("loss"), validation=validation.get("loss")),
+        tokens_per_second=SpeedAnswer(
+            trained=step.get("trained_tokens_per_second"), processed=step.get("processed_tokens_per_second")
+        ),
+        trained_tokens=step.get("trained_tokens"),
+        peak_memory_bytes=step.get("peak_memory_bytes"),
+        device=started.get("device"),
+        dtype=started.get("dtype"),
+        dataset=None if dataset is None else DatasetAnswer.model_validate(dataset),
+        checkpoints=checkpoints,
+        fine_tuned_model=job.fine_tuned_model,
+    )
+
+
+def _seconds(time: float | None) -> int | None:
+    return None if time is None else int(time)
