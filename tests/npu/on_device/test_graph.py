@@ -24,6 +24,17 @@ def test_a_replay_reads_the_captured_input_and_writes_the_captured_output(npu: S
     assert not npu.statistics.calls
 
 
+def test_a_warm_up_runs_on_a_side_stream(npu: SimulatedNpu) -> None:
+    stream, event = npu.module.Stream(), npu.module.Event(enable_timing=True)
+    stream.wait_stream(npu.module.current_stream())
+    with npu.module.stream(stream):
+        assert npu.module.current_stream() is stream
+        event.record()
+    assert npu.module.current_stream() is not stream
+    npu.module.current_stream().wait_event(event)
+    assert event.elapsed_time(npu.module.current_stream().record_event()) >= 0
+
+
 def test_a_capture_refuses_what_a_replay_cannot_repeat(npu: SimulatedNpu) -> None:
     x = torch.ones(3, device="npu")
     for forbidden in (x.sum().item, x.cpu, lambda: x.copy_(torch.ones(3)), lambda: x[x > 1]):

@@ -27,6 +27,7 @@ OPERATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "matmul": lambda x: x @ x.t(),
     "bf16 matmul": lambda x: x.bfloat16() @ x.bfloat16().t(),
     "int64": lambda x: x.long() // 3 % 2,
+    "number beside a bf16 scalar": lambda x: x.bfloat16().sum() * 0.1 + 1,
     "compare": lambda x: (x > 3) & (x <= 7),
     "where": lambda x: torch.where(x > 2, x, torch.zeros((), device=x.device)),
     "masked_fill": lambda x: x.masked_fill(x > 3, -torch.inf),

@@ -31,7 +31,7 @@ class Traits:
     reads_values: bool
     """The host needs values from the device to go on: it returns a number, or its output shape depends on them."""
     tensor_positions: tuple[int, ...]
-    """Arguments that are tensors, though the dispatcher hands over a plain number for one made of a number."""
+    """Arguments that must be tensors, though the dispatcher hands over a plain number where one was made of it."""
     out_names: tuple[str, ...]
 
 
@@ -39,13 +39,15 @@ class Traits:
 def traits_of(op: OpOverload) -> Traits:
     schema = op._schema
     dynamic = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    takes_numbers = torch._C._should_allow_numbers_as_tensors(schema.name.removeprefix("aten::"))
+    tensors = [] if takes_numbers else [i for i, a in enumerate(schema.arguments) if str(a.type) == "Tensor"]
     out_names = [a.name for a in schema.arguments if a.kwarg_only and a.alias_info and a.alias_info.is_write]
     return Traits(
         name=schema.name,
         is_view=any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns),
         draws=torch.Tag.nondeterministic_seeded in op.tags,
         reads_values=bool(dynamic & set(op.tags)) and schema.name not in INDEXING,
-        tensor_positions=tuple(i for i, a in enumerate(schema.arguments) if str(a.type) == "Tensor"),
+        tensor_positions=tuple(tensors),
         out_names=tuple(out_names),
     )
 

@@ -1,4 +1,4 @@
-"""Python-side patches of storages: C++ finds no allocator for the device and would end the process."""
+"""A Python-side patch of storages: C++ finds no allocator for the device and would end the process."""
 
 from __future__ import annotations
 
@@ -9,26 +9,19 @@ import torch
 from tests.npu.simulated.memory import Memory, storage_at
 from tests.npu.simulated.tensors import CPU
 
-Copy = Callable[[torch.UntypedStorage], torch.UntypedStorage]
-
 
 def patch(memory: Memory) -> None:
-    """Let a device storage be cloned (`copy.deepcopy` of a module) and brought to the host."""
+    """Let a device storage be cloned, as `copy.deepcopy` of a module does."""
+    elsewhere: Callable[[torch.UntypedStorage], torch.UntypedStorage] = torch.UntypedStorage.clone
 
     def clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        if storage.device.type != "npu":
+            return elsewhere(storage)
         copy = memory.allocate(storage.nbytes())
         _bytes_of(copy).copy_(_bytes_of(storage))
         return copy
 
-    def cpu(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-        return _bytes_of(storage).clone().untyped_storage()
-
-    for name, on_device in (("clone", clone), ("cpu", cpu)):
-        setattr(torch.UntypedStorage, name, _by_device(on_device, getattr(torch.UntypedStorage, name)))
-
-
-def _by_device(on_device: Copy, elsewhere: Copy) -> Copy:
-    return lambda storage: on_device(storage) if storage.device.type == "npu" else elsewhere(storage)
+    setattr(torch.UntypedStorage, "clone", clone)  # noqa: B010 - mypy refuses the plain assignment
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import torch
 
@@ -40,16 +40,13 @@ class NpuModule(ModuleType):
         self.Event = partial(Event, kernels.statistics)
         self.NPUGraph = partial(NPUGraph, kernels.recorder, kernels.statistics)
         self.graph = graph
-        self._stream = self._default_stream = Stream(kernels.statistics)
+        self._stream = Stream(kernels.statistics)
 
     # ---- the card
 
     _initialized = True  # torch.utils.checkpoint looks here before it keeps the random state
 
     def is_available(self) -> bool:
-        return True
-
-    def is_initialized(self) -> bool:
         return True
 
     def _is_in_bad_fork(self) -> bool:
@@ -72,10 +69,6 @@ class NpuModule(ModuleType):
     def get_device_name(self, device: Device = None) -> str:
         check(device)
         return NAME
-
-    def get_device_properties(self, device: Device = None) -> SimpleNamespace:
-        check(device)
-        return SimpleNamespace(name=NAME, total_memory=self._memory.capacity)
 
     def synchronize(self, device: Device = None) -> None:
         check(device)
@@ -142,9 +135,6 @@ class NpuModule(ModuleType):
     def manual_seed_all(self, seed: int) -> None:
         self._generator.manual_seed(seed)
 
-    def initial_seed(self) -> int:
-        return self._generator.initial_seed()
-
     def get_rng_state(self, device: Device = "npu") -> torch.Tensor:
         check(device)
         return self._generator.get_state()
@@ -157,9 +147,6 @@ class NpuModule(ModuleType):
 
     def current_stream(self, device: Device = None) -> Stream:
         return self._stream
-
-    def default_stream(self, device: Device = None) -> Stream:
-        return self._default_stream
 
     @contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
