@@ -70,4 +70,6 @@ def _first_command(channel: Channel) -> EngineConfig | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # taking torch down takes a second, and there is nothing to save

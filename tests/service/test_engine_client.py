@@ -1,0 +1,233 @@
+"""The client against real engine processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.engine.messages import EngineConfig, EngineReady, LoadModel, StepStats
+from service.engine_client import (
+    EngineClient,
+    EngineUnavailable,
+    ModelLoadError,
+    ModelUnavailable,
+    RequestRejected,
+    TokenStream,
+)
+from tests.support.engines import MODEL, Driver, request, tiny_engine_config
+from tests.support.tiny import make_tiny_llama
+
+PROMPT = [9, 8, 7, 6]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny") / "a", seed=0)
+
+
+@pytest.fixture(scope="module")
+def other_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny") / "b", seed=1)
+
+
+@asynccontextmanager
+async def running(config: EngineConfig) -> AsyncIterator[tuple[EngineClient, list[StepStats]]]:
+    """A client whose engine has loaded its base model as `m`, now and after each restart."""
+    stats: list[StepStats] = []
+
+    async def load(ready: EngineReady) -> None:
+        await client.load_model(LoadModel(model_id=MODEL, base_dir=config.base_dir))
+
+    client = EngineClient(config, on_ready=load, on_stats=stats.append)
+    await client.start()
+    try:
+        yield client, stats
+    finally:
+        await client.stop()
+
+
+async def collect(stream: TokenStream) -> list[int]:
+    async with aclosing(stream) as outputs:
+        return [token async for output in outputs for token in output.token_ids]
+
+
+async def until(is_over: Callable[[], bool], timeout_s: float = 30) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not is_over():
+            await asyncio.sleep(0.01)
+
+
+def test_requests_loads_and_aborts_go_through_the_process(tiny: Path, other_tiny: Path, tmp_path: Path) -> None:
+    driver = Driver(tiny_engine_config(tiny))
+    driver.load(tiny)
+    driver.load(other_tiny, "new")
+    expected = {name: driver.generate(PROMPT, name) for name in (MODEL, "new")}
+
+    async def check() -> None:
+        async with running(tiny_engine_config(tiny, max_num_seqs=3)) as (client, stats):
+            assert client.state == "ready"
+            assert client.ready is not None
+            assert client.ready.device == "cpu"
+            await check_batch(client)
+            await check_failures(client)
+            await check_aborts(client, stats)
+            await check_swap(client)
+
+    async def check_batch(client: EngineClient) -> None:
+        streams = [client.submit(request(str(index), PROMPT)) for index in range(10)]
+        assert await asyncio.gather(*map(collect, streams)) == [expected[MODEL]] * 10
+
+    async def check_failures(client: EngineClient) -> None:
+        with pytest.raises(RequestRejected, match="prompt: it is empty"):
+            await collect(client.submit(request("a", [])))
+        with pytest.raises(ModelUnavailable, match="'none' is not loaded"):
+            await collect(client.submit(request("a", PROMPT, "none")))
+        with pytest.raises(ModelLoadError, match="there is no model folder"):
+            await client.load_model(LoadModel(model_id="x", base_dir=str(tmp_path / "x"), replaces=MODEL))
+        assert await collect(client.submit(request("a", PROMPT))) == expected[MODEL]
+
+    async def check_aborts(client: EngineClient, stats: list[StepStats]) -> None:
+        for end in (close_early, drop, cancel):
+            await end(client.submit(request(end.__name__, PROMPT, max_tokens=200)))
+            await until(lambda: stats[-1].num_running == stats[-1].used_blocks == 0)
+
+    async def check_swap(client: EngineClient) -> None:
+        command = LoadModel(model_id="new", base_dir=str(other_tiny), replaces=MODEL)
+        other = asyncio.create_task(client.load_model(command))
+        loaded = await client.load_model(command)
+        last = client.submit(request("last", PROMPT))  # no await since: the old weights are still there
+        assert await collect(last) == expected[MODEL]
+        assert await other == loaded
+        await client.unload_model(MODEL)
+        with pytest.raises(ModelUnavailable):
+            await collect(client.submit(request("a", PROMPT)))
+        assert await collect(client.submit(request("b", PROMPT, "new"))) == expected["new"]
+
+    asyncio.run(check())
+
+
+async def close_early(stream: TokenStream) -> None:
+    async with aclosing(stream) as outputs:
+        assert (await anext(outputs)).finish_reason is None
+
+
+async def drop(stream: TokenStream) -> None:
+    await anext(stream)
+    del stream
+
+
+async def cancel(stream: TokenStream) -> None:
+    task = asyncio.create_task(collect(stream))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def test_a_killed_engine_fails_what_runs_at_once_and_comes_back(tiny: Path) -> None:
+    async def check() -> None:
+        async with running(tiny_engine_config(tiny)) as (client, _):
+            whole = await collect(client.submit(request("before", PROMPT)))
+            streams = [client.submit(request(str(index), PROMPT, max_tokens=250)) for index in range(5)]
+            await anext(streams[0])
+            assert client.pid is not None
+            os.kill(client.pid, signal.SIGKILL)
+            killed = time.monotonic()
+            results = await asyncio.gather(*map(collect, streams), return_exceptions=True)
+            assert time.monotonic() - killed < 2
+            assert [type(result) for result in results] == [EngineUnavailable] * 5
+            assert "signal 9 (SIGKILL)" in str(results[0])
+            assert client.state == "dead"
+            with pytest.raises(EngineUnavailable, match="the engine is dead"):
+                client.submit(request("dead", PROMPT))
+            with pytest.raises(EngineUnavailable):
+                await client.load_model(LoadModel(model_id="x", base_dir=str(tiny)))
+            await until(lambda: client.state == "ready")
+            assert (client.restarts, client.failure) == (1, None)
+            assert await answered(client) == whole
+
+    async def answered(client: EngineClient) -> list[int]:
+        while True:  # `on_ready` loads the weights anew
+            try:
+                return await collect(client.submit(request("after", PROMPT)))
+            except ModelUnavailable:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ({"base_dir": "/nowhere"}, "there is no model folder /nowhere"),
+        ({"device": "cuda:7"}, "device: 'cuda:7' cannot be used"),
+        ({"kv_cache_bytes": 1}, "kv_cache_memory: 0 bytes hold 0 tokens"),
+    ],
+)
+def test_an_engine_that_cannot_start_stays_dead_and_says_why(
+    tiny: Path, overrides: dict[str, Any], reason: str
+) -> None:
+    async def check() -> None:
+        fields = {**{name: getattr(config, name) for name in config.__struct_fields__}, **overrides}
+        async with running(EngineConfig(**fields)) as (client, _):
+            assert client.state == "dead"
+            assert client.failure is not None
+            assert reason in client.failure
+            await asyncio.sleep(1)
+            assert client.restarts == 0
+            with pytest.raises(EngineUnavailable, match="cannot start"):
+                client.submit(request("a", PROMPT))
+
+    config = tiny_engine_config(tiny)
+    asyncio.run(check())
+
+
+def test_ctrl_c_is_left_to_the_parent_and_stopping_answers_what_runs(tiny: Path) -> None:
+    async def check() -> None:
+        async with running(tiny_engine_config(tiny)) as (client, _):
+            stream = client.submit(request("a", PROMPT, max_tokens=250))
+            await anext(stream)
+            pid = client.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGINT)
+            await anext(stream)
+            await client.stop()
+            outputs = [output async for output in stream]
+            assert outputs[-1].finish_reason == "abort"
+            assert client.state == "stopped"
+            with pytest.raises(EngineUnavailable, match="the engine is stopped"):
+                client.submit(request("b", PROMPT))
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+
+    asyncio.run(check())
+
+
+def test_an_idle_engine_uses_no_processor_and_ends_with_its_parent(tiny: Path) -> None:
+    async def check() -> None:
+        async with running(tiny_engine_config(tiny)) as (client, _):
+            assert client.pid is not None
+            await asyncio.sleep(0.2)
+            before = processor_seconds(client.pid)
+            await asyncio.sleep(1.0)
+            assert processor_seconds(client.pid) - before < 0.05
+            process = client._process
+            assert process is not None
+            process._writer.close()  # what the kernel does when the parent dies
+            await until(lambda: client._process is None or client._process.pid != process.pid, 5)
+            assert "exit code 0" in str(client.failure)
+
+    asyncio.run(check())
+
+
+def processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
