@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from lm.errors import NotFoundError, UserError
+from trainer.config import known_fields
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +89,6 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(404, str(error), param=error.param, code="model_not_found" if error.param == "model" else None)
     if isinstance(error, UserError):
         return ApiError(400, str(error), param=error.param)
-    if isinstance(error, RequestValidationError):
-        return _validation_error(error)
     logger.error("unexpected error in a request", exc_info=error)
     return ApiError(500, "the server failed to answer this request; its log has the reason")
 
@@ -102,8 +101,13 @@ def install_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         return error_response(request, error if isinstance(error, ApiError) else _plain_http_error(request, error))
 
-    for kind in (UserError, RequestValidationError, Exception):
-        app.add_exception_handler(kind, answer)
+    async def answer_validation(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return error_response(request, _validation_error(request, error))
+
+    app.add_exception_handler(UserError, answer)
+    app.add_exception_handler(Exception, answer)
+    app.add_exception_handler(RequestValidationError, answer_validation)
     app.add_exception_handler(HTTPException, answer_http)
 
 
@@ -127,7 +131,7 @@ _echo.maxstring = _echo.maxother = 100
 _echo.maxlevel = 3
 
 
-def _validation_error(error: RequestValidationError) -> ApiError:
+def _validation_error(request: Request, error: RequestValidationError) -> ApiError:
     """The first mistake: field, value, and what is allowed."""
     first: dict[str, Any] = error.errors()[0]
     source, *path = first["loc"]
@@ -137,11 +141,17 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     if not field:
         return ApiError(400, f"the {source} must be a JSON object, sent with Content-Type: application/json")
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{field}: unknown field; remove it, or see /docs for the fields that exist", param=field)
+        return ApiError(400, f"{field}: unknown field; {_known_fields(request, path)}", param=field)
     if first["type"] == "missing":
         return ApiError(400, f"{field}: this field is required", param=field)
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{field}: {message[:1].lower()}{message[1:]} (got {_echo.repr(first['input'])})", param=field)
+
+
+def _known_fields(request: Request, path: list[str | int]) -> str:
+    body_field = getattr(request.scope.get("route"), "body_field", None)
+    body = None if body_field is None else body_field.field_info.annotation
+    return known_fields(body, tuple(path)) if isinstance(body, type) and issubclass(body, BaseModel) else "remove it"
 
 
 def _printable(text: str) -> str:

@@ -39,7 +39,7 @@ def serve(settings: Settings) -> int:
 def _listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family)
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
         raise UserError(
             f"host, port: cannot listen on {settings.host} port {settings.port}: {error.strerror}; choose others, such "
@@ -95,7 +95,7 @@ class _Server(uvicorn.Server):
             return await self._drained(self._drain_until)
         if not self._is_announced and self._services.is_ready:
             self._is_announced = True
-            print(f"TuneServe is ready at {self._url}", flush=True)
+            print(f"TuneServe is ready at {self._url} and serves {self._services.settings.model_name}", flush=True)
         elif not self._is_announced and (reason := self._services.failure) is not None:
             self.failed = True
             logger.error("the service cannot start: %s", reason.splitlines()[0])

@@ -67,14 +67,16 @@ ServicesDep = Annotated[Services, Depends(_services)]
 
 
 @asynccontextmanager
-async def running_services(settings: Settings) -> AsyncIterator[Services]:
+async def running_services(
+    settings: Settings, *, engine_type: type[EngineClient] = EngineClient
+) -> AsyncIterator[Services]:
     """Everything but HTTP. The engine still loads when this yields; `is_ready` says when it is done.
 
     At the end no process that was started here is left. Raises UserError for a model or a home that cannot be used.
     """
     codec = await asyncio.to_thread(load_codec, settings.model_dir)
     with closing(Database(settings.database)) as database:
-        services = _start(settings, codec, database)
+        services = _start(settings, codec, database, engine_type)
         try:
             await services.jobs.start()
             yield services
@@ -85,7 +87,7 @@ async def running_services(settings: Settings) -> AsyncIterator[Services]:
             await asyncio.gather(services.startup, return_exceptions=True)
 
 
-def _start(settings: Settings, codec: Codec, database: Database) -> Services:
+def _start(settings: Settings, codec: Codec, database: Database, engine_type: type[EngineClient]) -> Services:
     metrics = Metrics(settings.model_name)
     registry = Registry(
         database, home=settings.home, organization=settings.organization, base_folders=[settings.model_dir]
@@ -95,7 +97,7 @@ def _start(settings: Settings, codec: Codec, database: Database) -> Services:
         metrics.engine_ready(ready)
         await serving.on_engine_ready(ready)
 
-    engine = EngineClient(_engine_config(settings), on_ready=on_ready, on_stats=metrics.step)
+    engine = engine_type(_engine_config(settings), on_ready=on_ready, on_stats=metrics.step)
     serving = Serving(engine, registry, settings, metrics)
     admission = Admission(settings.max_num_seqs + settings.max_queued_requests)
     store = JobStore(database)

@@ -33,8 +33,8 @@ async def health(services: ServicesDep) -> dict[str, Any]:
 async def ready(services: ServicesDep) -> dict[str, str]:
     """200 when a request would be answered, also while new weights are swapped in; else 503."""
     if not services.is_ready:
-        state = "draining" if services.admission.draining else services.engine.state
-        raise unavailable(f"not ready: the engine is {state}; GET /health says more")
+        what = "the service is stopping" if services.admission.draining else f"the engine is {services.engine.state}"
+        raise unavailable(f"not ready: {what}; GET /health says more")
     return {"status": "ready"}
 
 

@@ -91,6 +91,7 @@ class OpenAiRequest(Sampling):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
 
     n: Annotated[Any, Only(None, 1)] = None
     presence_penalty: Annotated[Any, Only(None, 0)] = None
@@ -134,6 +135,7 @@ class ChatRequest(OpenAiRequest):
     reasoning_effort: Annotated[Any, Only(None, "none")] = None
     verbosity: Annotated[Any, Only(None, "medium")] = None
     web_search_options: Annotated[Any, Only(None)] = None
+    moderation: Annotated[Any, Only(None)] = None
     add_generation_prompt: Annotated[Any, Only(None, True)] = None
     continue_final_message: Annotated[Any, Only(None, False)] = None
     chat_template_kwargs: Annotated[Any, Only(None, {})] = None
