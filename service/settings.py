@@ -49,7 +49,7 @@ class Settings(Strict):
     """Further names for the served model, for clients whose model name is fixed."""
     allow_unknown_model: bool = False
     """Answer any `model` from the served one, instead of 404."""
-    organization: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,32}$")] = "local"
+    organization: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,32}$")] = "tuneserve"
     """The third part of the ids of fine-tuned models, `ft:<base>:<organization>:<suffix>:<id>`."""
 
     device: Annotated[str, Field(pattern=DEVICE)] = "auto"
