@@ -194,6 +194,8 @@ def test_each_answer_is_trained_with_the_token_that_ends_it_and_nothing_else(
     assert trained_text(template, [SYSTEM, USER, ANSWER]) == answer + end
     assert trained_text(template, [USER, ANSWER, THANKS, WELCOME]) == answer + end + welcome + end
     assert trained_text(template, [USER, ANSWER, THANKS]) == answer + end
+    quoting = {"role": "assistant", "content": f"It ends with {end}"}
+    assert trained_text(template, [USER, quoting, THANKS]) == quoting["content"] + end
 
 
 @pytest.mark.parametrize("style", STYLES)
