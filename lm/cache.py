@@ -6,8 +6,10 @@ Legend: B rows, T tokens a row, M blocks a row, KVH key/value heads, D head dim.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,12 +31,15 @@ class KVCache:
     def allocate(
         cls, config: ModelConfig, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
     ) -> KVCache:
-        """Zeroed storage: a masked slot still meets the values as 0 * value, which must not be NaN."""
+        """Zeroed storage: a masked slot still meets the values as 0 * value, which must not be NaN.
+
+        On the CPU a block takes memory from its first use on.
+        """
         shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
         layers = range(config.num_hidden_layers)
         return cls(
-            keys=tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in layers),
-            values=tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in layers),
+            keys=tuple(_zeros(shape, dtype, device) for _ in layers),
+            values=tuple(_zeros(shape, dtype, device) for _ in layers),
             num_blocks=num_blocks,
             block_size=block_size,
         )
@@ -57,3 +62,10 @@ class PagedBatch:
     """(B * T,) int32 or int64: block * block_size + offset of each new token."""
     block_table: Tensor
     """(B, M) int32 or int64; unused columns hold the null block."""
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy takes pages that the system zeroes when they are first touched; torch.zeros would touch them all
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
