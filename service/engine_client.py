@@ -177,14 +177,20 @@ class EngineClient:
             code = await self._live()
             if self._is_stopping or code == os.EX_CONFIG:
                 return
-            delay = FIRST_DELAY_S if clock() - begin > STEADY_S else min(2 * delay, LONGEST_DELAY_S)
+            if clock() - begin > STEADY_S:
+                delay = FIRST_DELAY_S
             logger.error("the engine is started again in %.1f s", delay)
             await asyncio.sleep(delay)
+            delay = min(2 * delay, LONGEST_DELAY_S)
             self.restarts += 1
 
-    async def _live(self) -> int:
-        """One process from its start to its end. Returns its exit code."""
-        self._process = process = await EngineProcess.start()
+    async def _live(self) -> int | None:
+        """One process from its start to its end. Returns its exit code, None when it could not be started."""
+        try:
+            self._process = process = await EngineProcess.start()
+        except OSError as error:
+            self._bury(f"the engine process could not be started: {error}", "")
+            return None
         try:
             process.send(self.config)
             while (event := await process.receive()) is not None:
@@ -193,18 +199,18 @@ class EngineClient:
             self.ready = None
             code = await process.end(DEATH_GRACE_S)
             self._process = None
-            self._bury(describe_exit(code), process.log_tail)
+            self._bury(f"the engine ended with {describe_exit(code)}", process.log_tail)
         if self._greeting is not None:
             await asyncio.wait([self._greeting])
         return code
 
-    def _bury(self, exit_: str, log_tail: str) -> None:
+    def _bury(self, reason: str, log_tail: str) -> None:
         """Fail everything that waited for the process."""
         if not self._is_stopping:
             self.state = "dead"
-            self.failure = f"the engine ended with {exit_}; its last lines:\n{log_tail}"
+            self.failure = f"{reason}; its last lines:\n{log_tail}" if log_tail else reason
             logger.error("%s", self.failure)
-        error = EngineUnavailable(f"the engine ended with {exit_}")
+        error = EngineUnavailable(reason)
         for outputs in self._requests.values():
             outputs.put_nowait(error)
         for load in self._loads.values():

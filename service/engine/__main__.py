@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import closing
 
 os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # before torch is imported, which a broken torch_npu would fail
 
@@ -27,7 +28,12 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says when to end
-    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
+    with closing(Channel(socket.socket(fileno=int(sys.argv[1])))) as channel:
+        return _run(channel)
+
+
+def _run(channel: Channel) -> int:
+    """Returns the exit code."""
     config = _first_command(channel)
     if config is None:
         return 0

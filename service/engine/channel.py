@@ -54,6 +54,12 @@ class Channel:
             return False
         return True
 
+    def close(self) -> None:
+        self._selector.close()
+        self._socket.close()
+        os.close(self._bell)
+        os.close(self._ringer)
+
     def _read(self) -> bytes:
         try:
             return self._socket.recv(RECEIVE_BYTES)

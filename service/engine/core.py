@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 import torch
 
+from service.engine.loader import Target
 from service.engine.messages import (
     AbortRequest,
     AddRequest,
@@ -48,9 +50,7 @@ class Parts:
     scheduler: Scheduler
     runner: Runner
     weights: WeightStore
-    vocab_size: int
-    kv_token_bytes: int
-    """What one token takes in the KV pool."""
+    target: Target
     used_memory: Callable[[], int]
     """Bytes in use on the device."""
     seed: int
@@ -119,7 +119,7 @@ class Engine:
             model_id=request.model_id,
             token_ids=list(request.prompt_ids),
             num_prompt_tokens=len(request.prompt_ids),
-            sampling=normalise(request.sampling, self._parts.vocab_size),
+            sampling=normalise(request.sampling, self._parts.target.config.vocab_size),
             seed=self._random.getrandbits(63) if seed is None else seed,
             arrived=time.perf_counter(),
         )
@@ -140,8 +140,8 @@ class Engine:
                 f"prompt: {num_prompt} tokens, and max_tokens {max_tokens}, are together more than the {limit} tokens "
                 "that fit; shorten one of them"
             )
-        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self._parts.vocab_size:
-            return f"prompt: token ids must be in 0..{self._parts.vocab_size - 1}"
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < self._parts.target.config.vocab_size:
+            return f"prompt: token ids must be in 0..{self._parts.target.config.vocab_size - 1}"
         return None
 
     def _route(self, sequence: Sequence) -> None:
@@ -234,11 +234,9 @@ class Engine:
 
     def _decode_bytes(self, step: Step) -> int:
         """What the step's decoding read: the weights of each generation once, and the keys and values."""
-        num_rows: dict[int, int] = {}
-        for chunk in step.decode:
-            num_rows[_generation(chunk)] = num_rows.get(_generation(chunk), 0) + 1
-        weights = sum(self._weights.get(generation).step_bytes(rows) for generation, rows in num_rows.items())
-        return weights + sum(chunk.end for chunk in step.decode) * self._parts.kv_token_bytes
+        num_rows = Counter(map(_generation, step.decode))
+        weights = sum(self._parts.target.step_bytes(rows) for rows in num_rows.values())
+        return weights + sum(chunk.end for chunk in step.decode) * self._parts.target.kv_token_bytes
 
     def _output(self, sequence: Sequence, now: float) -> TokenOutput:
         token_id = sequence.token_ids[-1]

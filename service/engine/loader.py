@@ -46,7 +46,20 @@ class Target:
 
     @property
     def num_bytes(self) -> int:
+        """Of one set of weights."""
         return self.config.num_parameters * self.dtype.itemsize
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """What one token takes in the KV pool."""
+        return self.config.kv_bytes_per_token(self.dtype.itemsize)
+
+    def step_bytes(self, num_rows: int) -> int:
+        """What a decode step of so many rows reads: every weight once, but of an untied embedding only the rows."""
+        if self.config.tie_word_embeddings:
+            return self.num_bytes
+        unread_rows = self.config.vocab_size - num_rows
+        return self.num_bytes - unread_rows * self.config.hidden_size * self.dtype.itemsize
 
 
 def check_source(source: Source, target: Target) -> ModelConfig:

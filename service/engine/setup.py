@@ -52,8 +52,7 @@ def build_engine(config: EngineConfig, *, wake: Callable[[], None] = lambda: Non
         scheduler=Scheduler(BlockPool(plan.num_blocks), block_size=block_size, **limits),
         runner=Runner(cache, device.device, max_model_len=plan.max_model_len, **limits),
         weights=WeightStore(target, swap=config.swap, wake=wake),
-        vocab_size=target.config.vocab_size,
-        kv_token_bytes=target.config.kv_bytes_per_token(dtype.dtype.itemsize),
+        target=target,
         used_memory=lambda: memory_figures(device.device).allocated,
         seed=config.seed,
     )
@@ -71,7 +70,7 @@ def _plan_pool(config: EngineConfig, target: Target, block_size: int) -> PoolPla
         config,
         model_len=target.config.max_position_embeddings,
         block_size=block_size,
-        block_bytes=block_size * target.config.kv_bytes_per_token(target.dtype.itemsize),
+        block_bytes=block_size * target.kv_token_bytes,
         budget=budget,
     )
 

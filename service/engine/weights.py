@@ -52,17 +52,6 @@ class WeightSet:
     num_requests: int = 0
     """Admitted and not finished."""
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(parameter.nbytes for parameter in self.model.parameters())
-
-    def step_bytes(self, num_rows: int) -> int:
-        """What a decode step of so many rows reads: every weight once, but of an untied embedding only the rows."""
-        if self.config.tie_word_embeddings:
-            return self.num_bytes
-        embedding = self.model.model.embed_tokens.weight
-        return self.num_bytes - embedding.nbytes + num_rows * embedding[0].nbytes
-
 
 def choose_mode(swap: SwapMode, needed: int, free: int) -> tuple[Mode, str]:
     """How weights of `needed` bytes come in the place of others, and why."""
@@ -150,7 +139,7 @@ class WeightStore:
         event = ModelLoaded(
             model_id=command.model_id,
             weights_hash=loaded.hash,
-            weight_bytes=loaded.num_bytes,
+            weight_bytes=self._target.num_bytes,
             seconds=time.perf_counter() - begin,
             mode=mode,
         )
