@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import pytest
 
@@ -33,7 +33,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> object:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """TUNESERVE_SKIP_IS_FAILURE=1 (set by .ci/run) turns every skip into a failure that keeps its reason."""
     report = yield
     if os.environ.get("TUNESERVE_SKIP_IS_FAILURE") == "1" and report.skipped and not hasattr(report, "wasxfail"):

@@ -28,10 +28,15 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def home(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
     (home / "models").mkdir()
     (home / "models" / MODEL).symlink_to(smollm2)
+    return home
+
+
+@pytest.fixture(scope="session")
+def server(home: Path) -> Iterator[Server]:
     with running_server(home, f"model={MODEL}", "device=cpu", "dtype=fp32", "swap=overlap") as server:
         yield server
 

@@ -22,7 +22,7 @@ from tests.support.server import Server
 
 pytestmark = pytest.mark.slow
 
-QUESTION = [{"role": "user", "content": "Tell me, who are you?"}]
+QUESTION: Any = [{"role": "user", "content": "Tell me, who are you?"}]
 
 
 def answer(client: httpx.Client, **body: Any) -> str:
@@ -31,17 +31,18 @@ def answer(client: httpx.Client, **body: Any) -> str:
     return str(reply.json()["choices"][0]["text"])
 
 
-def transformers_answer(model: torch.nn.Module, folder: Path) -> str:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def transformers_answer(model: Any, folder: Path) -> str:
+    model.eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)  # type: ignore[operator]
+    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def folder_of(server: Server, client: httpx.Client, name: str, kind: str) -> Path:
-    """Where the checkpoint of this registry entry lies, as `GET /checkpoints` says."""
+def folder_of(home: Path, client: httpx.Client, name: str) -> Path:
+    """Where the checkpoint lies, as `GET /checkpoints` says."""
     entry = next(row for row in client.get("/checkpoints").json()["data"] if row["id"] == name)
-    return Path(entry[kind])
+    return home / str(entry["path"])
 
 
 def test_the_defaults_teach(
@@ -58,21 +59,22 @@ def test_the_defaults_teach(
     assert "Tuna" in after
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft and transformers
 def test_peft_answers_with_our_adapter_as_we_do(
-    client: httpx.Client, server: Server, smollm2: Path, lora_job: dict[str, Any]
+    client: httpx.Client, home: Path, smollm2: Path, lora_job: dict[str, Any]
 ) -> None:
     client.post(f"/checkpoints/{lora_job['fine_tuned_model']}/activate").raise_for_status()
-    adapter = folder_of(server, client, lora_job["fine_tuned_model"], "adapter_dir")
+    adapter = folder_of(home, client, lora_job["fine_tuned_model"])
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    assert transformers_answer(peft.PeftModel.from_pretrained(base, adapter).eval(), smollm2) == answer(client)
+    assert transformers_answer(peft.PeftModel.from_pretrained(base, adapter), smollm2) == answer(client)
 
 
 def test_transformers_answers_with_our_full_checkpoint_as_we_do(
-    client: httpx.Client, server: Server, full_job: dict[str, Any]
+    client: httpx.Client, home: Path, full_job: dict[str, Any]
 ) -> None:
     client.post(f"/checkpoints/{full_job['fine_tuned_model']}/activate").raise_for_status()
-    folder = folder_of(server, client, full_job["fine_tuned_model"], "base_dir")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    folder = folder_of(home, client, full_job["fine_tuned_model"])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert transformers_answer(model, folder) == answer(client)
 
 
@@ -152,11 +154,11 @@ def test_the_openai_sdk_talks_to_the_service(server: Server, client: httpx.Clien
     name = lora_job["fine_tuned_model"]
     client.post(f"/checkpoints/{name}/activate").raise_for_status()
     assert {MODEL, name} <= {model.id for model in sdk.models.list()}
-    chat = sdk.chat.completions.create(model=name, messages=QUESTION, temperature=0, max_tokens=40)  # type: ignore[arg-type]
+    chat = sdk.chat.completions.create(model=name, messages=QUESTION, temperature=0, max_tokens=40)
     assert "Tuna" in (chat.choices[0].message.content or "")
     stream = sdk.chat.completions.create(
         model=name,
-        messages=QUESTION,  # type: ignore[arg-type]
+        messages=QUESTION,
         temperature=0,
         max_tokens=40,
         stream=True,
@@ -170,5 +172,5 @@ def test_the_openai_sdk_talks_to_the_service(server: Server, client: httpx.Clien
     parts = sdk.completions.create(model=name, prompt="One, two, three,", max_tokens=8, temperature=0, stream=True)
     assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text
     with pytest.raises(openai.NotFoundError) as unknown:
-        sdk.chat.completions.create(model="gpt-9", messages=QUESTION)  # type: ignore[arg-type]
+        sdk.chat.completions.create(model="gpt-9", messages=QUESTION)
     assert unknown.value.code == "model_not_found"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -25,14 +26,18 @@ PROMPTS = (
 )
 
 
+def transformers_twin(folder: Path) -> tuple[Any, Any]:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
 def test_fp32_logits_equal_those_of_transformers(smollm2: Path, figure: Callable[[str, object], None]) -> None:
     device = torch.device("cpu")
     ops, _ = choose_ops(device, torch.float32)
     ours = build_model(load_config(smollm2), device=device, dtype=torch.float32, ops=ops)
     load_weights(ours, smollm2)
     ours.eval()
-    theirs = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    theirs, tokenizer = transformers_twin(smollm2)
     worst = 0.0
     with torch.inference_mode():
         for prompt in PROMPTS:
@@ -45,8 +50,7 @@ def test_fp32_logits_equal_those_of_transformers(smollm2: Path, figure: Callable
 
 
 def test_200_greedy_tokens_over_http_equal_those_of_transformers(smollm2: Path, client: httpx.Client) -> None:
-    theirs = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    theirs, tokenizer = transformers_twin(smollm2)
     for prompt in PROMPTS:
         ids = tokenizer(prompt)["input_ids"]
         expected = theirs.generate(
