@@ -120,7 +120,8 @@ def error_response(request: Request, error: ApiError) -> Response:
 
 def _plain_http_error(request: Request, error: HTTPException) -> ApiError:
     template = ROUTING_MESSAGES.get(error.status_code, "{detail}")
-    message = template.format(method=request.method, path=request.url.path, detail=error.detail)
+    detail = error.detail if error.__cause__ is None else f"{error.detail}: {error.__cause__}"
+    message = template.format(method=request.method, path=request.url.path, detail=detail)
     converted = ApiError(error.status_code, message)
     converted.headers = error.headers
     return converted
@@ -138,13 +139,14 @@ def _validation_error(request: Request, error: RequestValidationError) -> ApiErr
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']} at character {path[0]}")
     field = ".".join(str(part) for part in path)
+    message = first["msg"].removeprefix("Value error, ")
     if not field:
-        return ApiError(400, f"the {source} must be a JSON object, sent with Content-Type: application/json")
+        what = f"the {source} must be a JSON object, sent with Content-Type: application/json"
+        return ApiError(400, message if first["type"] == "value_error" else what)
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{field}: unknown field; {_known_fields(request, path)}", param=field)
     if first["type"] == "missing":
         return ApiError(400, f"{field}: this field is required", param=field)
-    message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{field}: {message[:1].lower()}{message[1:]} (got {_echo.repr(first['input'])})", param=field)
 
 

@@ -10,6 +10,7 @@ import pytest
 from service.database import Database
 from service.jobs.store import JobStore
 from service.registry import Registry
+from tests.support.api import Api, running_api
 
 BASE = "tiny"
 
@@ -39,3 +40,26 @@ def store(database: Database) -> JobStore:
 @pytest.fixture
 def registry(database: Database, home: Path) -> Registry:
     return Registry(database, home=home, organization="tuneserve")
+
+
+@pytest.fixture(scope="module")
+def shared_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    with running_api(tmp_path_factory.mktemp("home")) as api:
+        yield api
+
+
+@pytest.fixture
+def api(shared_api: Api) -> Api:
+    """The API in front of an engine that answers what a test tells it to; one for all tests of a module."""
+    engine = shared_api.engine
+    engine.stays_after = engine.dies_after = None
+    engine.received.clear()
+    shared_api.says("Hello there.")
+    return shared_api
+
+
+@pytest.fixture
+def own_api(tmp_path: Path) -> Iterator[Api]:
+    """For tests that break something."""
+    with running_api(tmp_path, max_queued_requests=0, max_num_seqs=2) as api:
+        yield api
