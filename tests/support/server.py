@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+TUNESERVE = (sys.executable, "-m", "service.cli")
 URL = re.compile(r"http://[\w.:\[\]]+")
 
 
@@ -29,11 +30,17 @@ class Server:
 
 
 @contextmanager
-def running_server(home: Path, *arguments: str, timeout: float = 120) -> Iterator[Server]:
+def running_server(
+    home: Path, *arguments: str, timeout: float = 120, command: Sequence[str] = TUNESERVE, cwd: Path | None = None
+) -> Iterator[Server]:
     """Start the service with its data under `home`, wait for the line with its URL, stop it at the end."""
-    command = [sys.executable, "-m", "service.cli", "serve", f"home={home}", "host=127.0.0.1", "port=0", *arguments]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        [*command, "serve", f"home={home}", "host=127.0.0.1", "port=0", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        cwd=cwd,
     )
     server = Server(process, "")
     ready = threading.Event()
