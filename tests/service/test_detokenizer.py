@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
+from lm.tokenizer import Tokenizer, load_tokenizer
 from service.detokenizer import MAX_PENDING, Detokenizer, IncrementalDecoder, StopFinder
+from tests.support.tiny_tokenizers import STYLES, write_tokenizer
 
 TEXTS = ["你是谁？我是小鸣。", "naïve café 👩‍👩‍👧 done", "🙂🙃🙂", "a�b", "", " leading and trailing ", "\n\n"]
 
@@ -90,6 +92,22 @@ def test_a_token_keeps_the_space_that_it_has_within_a_text() -> None:
     backend.decoder = decoders.Metaspace()
     stream = IncrementalDecoder(backend.decode)
     assert [stream.add(0), stream.add(1), stream.add(1), stream.flush()] == ["a", " b", " b", ""]
+
+
+@pytest.fixture(scope="module", params=STYLES)
+def styled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp(request.param)
+    write_tokenizer(folder, request.param)
+    return load_tokenizer(folder)
+
+
+@given(text=st.text(max_size=40) | st.text(" ab是🙂", max_size=40), num_silent=st.integers(0, 3))
+def test_the_pieces_are_the_whole_text_in_every_style_of_tokenizer(
+    styled: Tokenizer, text: str, num_silent: int
+) -> None:
+    ids = styled.encode(text) + list(styled.eos_token_ids[:1]) * num_silent + styled.encode(" and more")
+    stream = IncrementalDecoder(styled.decode)
+    assert "".join([*(stream.add(token_id) for token_id in ids), stream.flush()]) == styled.decode(ids)
 
 
 stop_strings = st.lists(st.text("ab是", min_size=1, max_size=4), min_size=1, max_size=4)

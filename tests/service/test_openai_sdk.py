@@ -99,7 +99,8 @@ def test_a_batch_answers_each_prompt_as_alone(client: openai.OpenAI) -> None:
 def test_a_seed_repeats_an_answer(client: openai.OpenAI) -> None:
     def sample(seed: int) -> str:
         options: dict[str, Any] = {"max_tokens": 20, "temperature": 1.5, "seed": seed}
-        return client.completions.create(model="tiny", prompt="the", **options).choices[0].text
+        answer: openai.types.Completion = client.completions.create(model="tiny", prompt="the", **options)
+        return answer.choices[0].text
 
     assert sample(-(2**63)) == sample(-(2**63)) != sample(8)
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from service.engine.messages import AddRequest, EngineReady, LoadModel, ModelLoaded, RequestTiming, TokenOutput
-from service.engine_client import EngineClient, EngineUnavailable, TokenStream
+from service.engine_client import EngineClient, EngineUnavailable, ModelUnavailable, TokenStream
 from service.engine_stream import Outputs
 from tests.support.tiny_tokenizers import write_tokenizer
 
@@ -38,6 +38,8 @@ class ScriptedEngine(EngineClient):
     stays_after: int | None = None
     """After so many tokens a request goes on forever, without a further token."""
     dies_after: int | None = None
+    weights_leave: int = 0
+    """So many requests find that their weights have just left the engine."""
 
     async def start(self) -> None:
         self.running: set[str] = set()
@@ -77,6 +79,10 @@ class ScriptedEngine(EngineClient):
 
     async def _play(self, request: AddRequest, outputs: Outputs) -> None:
         tokens = self.answer if request.sampling.ignore_eos else (*self.answer, self.eos)
+        if self.weights_leave:
+            self.weights_leave -= 1
+            outputs.put_nowait(ModelUnavailable("not loaded"))
+            tokens = ()
         for number, token_id in enumerate(tokens[: request.sampling.max_tokens]):
             await asyncio.sleep(0)
             if number == self.stays_after:

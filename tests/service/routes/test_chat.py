@@ -105,7 +105,8 @@ def test_both_names_of_the_limit_work(api: Api, limit: dict[str, int]) -> None:
      ({"messages": HI, "max_completion_tokens": "9"}, "max_completion_tokens", "valid integer"),
      ({"messages": HI, "max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens", "one of the two"),
      ({"messages": HI, "max_tokens": CONTEXT}, "max_tokens", f"context of {CONTEXT} tokens"),
-     ({"messages": [{"role": "user", "content": "word " * CONTEXT}]}, "messages", str(CONTEXT))],
+     ({"messages": [{"role": "user", "content": "word " * CONTEXT}]}, "messages", str(CONTEXT)),
+     ({"messages": [{"role": "user", "content": "word " * 5000}]}, "messages", str(CONTEXT))],
 )  # fmt: skip
 def test_a_mistake_is_told_with_its_field_and_what_is_allowed(
     api: Api, body: dict[str, Any], param: str, words: str

@@ -162,6 +162,7 @@ def test_a_field_that_would_change_the_answer_is_refused_until_it_works(api: Api
      ({"prompt": [4096]}, "prompt", "4096 is not a token"),
      ({"prompt": ["a"] * 129}, "prompt", "at most 128"),
      ({"prompt": "\ud800"}, "prompt", "not valid Unicode"),
+     ({"prompt": "a b " * 5000}, "prompt", str(CONTEXT)),
      ({"prompt": "a", "max_tokens": 0}, "max_tokens", "greater than or equal to 1 (got 0)"),
      ({"prompt": "a", "max_tokens": "10"}, "max_tokens", "valid integer (got '10')"),
      ({"prompt": "a", "max_tokens": 2.5}, "max_tokens", "integer"),

@@ -39,17 +39,22 @@ class Visit:
     async def send(self, message: dict[str, Any]) -> None:
         self.sent.append(message)
 
-    async def stay_until_the_engine_works(self) -> None:
-        """Then leave, and wait for the application to notice."""
-        task = asyncio.create_task(self.api.app(self._scope, self.receive, self.send))  # type: ignore[arg-type]
+    async def enter(self) -> None:
+        """Returns when the engine works on one more request than before, and the application waits for it."""
+        before = len(self.api.engine.running)
+        self._task = asyncio.create_task(self.api.app(self._scope, self.receive, self.send))  # type: ignore[arg-type]
         async with asyncio.timeout(5):
-            while not self.api.engine.running:
+            while len(self.api.engine.running) == before:
                 await asyncio.sleep(0.001)
-            for _ in range(20):
-                await asyncio.sleep(0)
-            assert not task.done()
-            self.left.set()
-            await task
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not self._task.done()
+
+    async def leave(self) -> None:
+        """Returns when the application has noticed."""
+        self.left.set()
+        async with asyncio.timeout(5):
+            await self._task
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -60,7 +65,8 @@ def test_a_client_that_leaves_frees_the_engine(
 ) -> None:
     own_api.engine.stays_after = stays_after
     visit = Visit(own_api, path, {**body, "stream": stream})
-    own_api.run(visit.stay_until_the_engine_works())
+    own_api.run(visit.enter())
+    own_api.run(visit.leave())
     assert not own_api.engine.running
     assert own_api.services.admission.active == 0
     assert own_api.metric("tuneserve:requests_aborted_total", cause="client") == len(own_api.engine.received)
@@ -96,6 +102,18 @@ def test_an_engine_that_dies_in_a_stream_is_an_error_event(own_api: Api, path: s
     assert own_api.services.admission.active == 0
 
 
+def test_weights_that_leave_before_a_request_is_admitted_fail_nothing(own_api: Api) -> None:
+    own_api.engine.weights_leave = 2
+    assert own_api.post(*GENERATE).json()["choices"][0]["text"] == "Hello there."
+    assert len(own_api.engine.received) == 3
+
+
+def test_weights_that_never_stay_are_a_503(own_api: Api) -> None:
+    own_api.engine.weights_leave = 1000
+    assert own_api.post(*GENERATE).status_code == 503
+    assert own_api.services.admission.active == 0
+
+
 def test_an_unknown_model_is_no_stream(api: Api) -> None:
     answer = api.post("/generate", {"prompt": "a", "model": "nope", "stream": True})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
@@ -104,18 +122,15 @@ def test_an_unknown_model_is_no_stream(api: Api) -> None:
 def test_a_full_service_says_try_again(own_api: Api) -> None:
     own_api.engine.stays_after = 1
 
-    async def fill() -> None:
-        visits = [Visit(own_api, *GENERATE) for _ in range(2)]
-        tasks = [asyncio.create_task(visit.stay_until_the_engine_works()) for visit in visits]
-        while len(own_api.engine.running) < 2:
-            await asyncio.sleep(0)
-        refused = await own_api.async_client.post(GENERATE[0], json=GENERATE[1])
-        assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limit_error")
-        assert refused.json()["error"]["code"] == "overloaded"
-        assert refused.headers["retry-after"] == "1"
-        await asyncio.gather(*tasks)
-
-    own_api.run(fill())
+    visits = [Visit(own_api, *GENERATE) for _ in range(2)]
+    for visit in visits:
+        own_api.run(visit.enter())
+    refused = own_api.post(*GENERATE)
+    assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limit_error")
+    assert refused.json()["error"]["code"] == "overloaded"
+    assert refused.headers["retry-after"] == "1"
+    for visit in visits:
+        own_api.run(visit.leave())
     own_api.engine.stays_after = None
     assert own_api.post(*GENERATE).status_code == 200
 
