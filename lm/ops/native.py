@@ -12,6 +12,9 @@ from lm.cache import PagedBatch
 from lm.ops import reference
 from lm.ops.types import AttentionPlan
 
+MAX_SCORES = 1 << 22
+"""8 MiB a layer in bf16: four sequences of 340 tokens with 9 heads."""
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
@@ -33,6 +36,25 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def causal_attention_matmul(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """By two products, holding the scores; above MAX_SCORES of them as `causal_attention`, which does not."""
+    batch, length, heads, head_dim = query.shape
+    if batch * heads * length**2 > MAX_SCORES:
+        return causal_attention(query, key, value)
+    kv_heads = key.shape[2]
+    # The heads that share keys stand below each other, as query tokens of one head
+    query = (
+        query.view(batch, length, kv_heads, -1, head_dim)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(-1, heads // kv_heads * length, head_dim)
+    )
+    key, value = (x.transpose(1, 2).reshape(-1, length, head_dim) for x in (key, value))
+    mask = torch.full((length, length), -torch.inf, dtype=query.dtype, device=query.device).triu(1)
+    scores = torch.baddbmm(mask.repeat(heads // kv_heads, 1), query, key.mT, alpha=head_dim**-0.5)
+    attended = torch.bmm(scores.softmax(-1), value).view(batch, kv_heads, -1, length, head_dim)
+    return attended.permute(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
 def plan_attention_additive(paged: PagedBatch, positions: Tensor) -> AttentionPlan:

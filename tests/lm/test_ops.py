@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from lm.cache import KVCache, PagedBatch
 from lm.config import ModelConfig
-from lm.ops import REFERENCE, AttentionPlan, Ops, choose_ops, reference
+from lm.ops import REFERENCE, AttentionPlan, Ops, choose_ops, native, reference
 
 CPU = torch.device("cpu")
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -139,6 +139,24 @@ def test_causal_attention(device: str, dtype: torch.dtype, heads: int, kv_heads:
         gradients(ours, query, key, value), gradients(reference.causal_attention, query, key, value), strict=True
     ):
         assert_same(got, expected, widen=3)
+
+
+def test_bf16_attention_on_the_cpu_keeps_the_scores_up_to_a_bound_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = (random(2, 64, heads, HEAD_DIM, dtype=BF16, seed=heads) for heads in (9, 3, 3))
+    query.requires_grad_()
+    ours, num_scores = ops_for("cpu", BF16).causal_attention, 2 * 9 * 64 * 64
+    expected = reference.causal_attention(query, key, value)
+    for bound in (num_scores, num_scores - 1):
+        monkeypatch.setattr(native, "MAX_SCORES", bound)
+        kept: list[int] = []
+
+        def keep(tensor: Tensor, kept: list[int] = kept) -> Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            assert_same(ours(query, key, value), expected)
+        assert (max(kept) == num_scores) is (bound == num_scores)
 
 
 def test_causal_attention_does_not_look_ahead() -> None:
