@@ -22,7 +22,7 @@ from lm.ops import Ops
 from lm.weight_files import validate_checkpoint
 
 HOST = torch.device("cpu")
-NICENESS = 10
+NICENESS = 5
 ResultT = TypeVar("ResultT")
 
 

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from service.engine.sampler import SamplingInputs, plan_sampling, sample, unifor
 from service.engine.scheduler import Chunk
 
 Words = NDArray[np.int32]
+ArrayT = TypeVar("ArrayT")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,20 @@ class Output:
     """Per forward. On a device that runs behind the host, the step's time in the proportion of the launches."""
 
 
+class Sections(NamedTuple, Generic[ArrayT]):
+    """The input of one forward: parts of one array of int32 words, on the host or on the device."""
+
+    ids: ArrayT  # (B * T,)
+    positions: ArrayT  # (B * T,)
+    slots: ArrayT  # (B * T,)
+    table: ArrayT  # (B * M,)
+    last: ArrayT  # (B,) index of the row's last token among B * T
+    temperature: ArrayT  # (B,) the bits of an fp32
+    top_k: ArrayT  # (B,)
+    top_p: ArrayT  # (B,) the bits of an fp32
+    uniform: ArrayT  # (B,) the bits of an fp32
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """The padded size of one forward."""
@@ -53,9 +69,12 @@ class Shape:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Words of: ids, positions, slots (B * T); table (B * M); last token, temperature, top-k, top-p, uniform (B)."""
-        num_tokens = self.rows * self.tokens
-        return (num_tokens, num_tokens, num_tokens, self.rows * self.blocks) + (self.rows,) * 5
+        """Words of each section."""
+        return (self.rows * self.tokens,) * 3 + (self.rows * self.blocks,) + (self.rows,) * 5
+
+    @property
+    def num_words(self) -> int:
+        return sum(self.sizes)
 
 
 def padded_sizes(limit: int) -> tuple[int, ...]:
@@ -73,36 +92,28 @@ class Runner:
         self, cache: KVCache, device: torch.device, *, max_num_seqs: int, prefill_chunk: int, max_model_len: int
     ) -> None:
         self._cache = cache
-        self._device = device
         self._row_sizes = padded_sizes(max_num_seqs)
         self._token_sizes = padded_sizes(prefill_chunk)
         self._block_sizes = padded_sizes(blocks_for(max_model_len, cache.block_size))
         max_blocks = self._block_sizes[-1]
         # Each row of a decode batch may use weights of its own, and none is padded to more than twice its number
-        num_words = sum(Shape(2 * max_num_seqs, 1, max_blocks).sizes) + sum(Shape(1, prefill_chunk, max_blocks).sizes)
+        num_words = Shape(2 * max_num_seqs, 1, max_blocks).num_words + Shape(1, prefill_chunk, max_blocks).num_words
         self._host = torch.zeros(num_words, dtype=torch.int32)
-        self._words = self._host.numpy()
         self._input = self._host if device.type == "cpu" else torch.zeros_like(self._host, device=device)
 
     @torch.inference_mode()
     def run(self, forwards: Items[Forward]) -> Output:
         """Compute the chunks' keys and values, and sample where a chunk says so."""
-        begin = time.perf_counter()
+        marks = [time.perf_counter()]
         shapes = [self._shape(forward.chunks) for forward in forwards]
-        offsets = np.cumsum([0] + [sum(shape.sizes) for shape in shapes]).tolist()
-        for forward, shape, offset in zip(forwards, shapes, offsets, strict=False):
-            self._write(self._words[offset : offset + sum(shape.sizes)], shape, forward.chunks)
-        if self._input is not self._host:
-            self._input[: offsets[-1]].copy_(self._host[: offsets[-1]])
+        inputs = self._upload(forwards, shapes)
         sampled: list[Tensor] = []
-        marks = [begin]
-        for forward, shape, offset in zip(forwards, shapes, offsets, strict=False):
-            sampled += self._forward(forward, shape, offset)
+        for forward, shape, words in zip(forwards, shapes, inputs, strict=True):
+            sampled += self._forward(forward, shape, Sections(*words.split(shape.sizes)))
             marks.append(time.perf_counter())
         token_ids = torch.cat(sampled).tolist() if sampled else []
-        scale = (time.perf_counter() - begin) / (marks[-1] - begin)
-        seconds = [(end - start) * scale for start, end in pairwise(marks)]
-        return Output(token_ids=token_ids, seconds=seconds)
+        scale = (time.perf_counter() - marks[0]) / (marks[-1] - marks[0])
+        return Output(token_ids=token_ids, seconds=[(end - begin) * scale for begin, end in pairwise(marks)])
 
     def _shape(self, chunks: tuple[Chunk, ...]) -> Shape:
         num_tokens = max(chunk.end - chunk.start for chunk in chunks)
@@ -113,41 +124,56 @@ class Runner:
             _round_up(num_blocks, self._block_sizes),
         )
 
+    def _upload(self, forwards: Items[Forward], shapes: Items[Shape]) -> tuple[Tensor, ...]:
+        """The words of each forward on the device, by one copy."""
+        num_words = [shape.num_words for shape in shapes]
+        host = self._host[: sum(num_words)]
+        for forward, shape, words in zip(forwards, shapes, host.split(num_words), strict=True):
+            self._write(words.numpy(), shape, forward.chunks)
+        device = self._input[: sum(num_words)]
+        if self._input is not self._host:
+            device.copy_(host)
+        parts: tuple[Tensor, ...] = device.split(num_words)
+        return parts
+
     def _write(self, words: Words, shape: Shape, chunks: tuple[Chunk, ...]) -> None:
         words.fill(0)
-        ids, positions, slots, table, last, temperature, top_k, top_p, uniforms = _split(words, shape)
+        sections = Sections(*np.split(words, np.cumsum(shape.sizes)[:-1]))
+        temperature, top_p, uniforms = (
+            section.view(np.float32) for section in (sections.temperature, sections.top_p, sections.uniform)
+        )
+        block_size = self._cache.block_size
         for row, chunk in enumerate(chunks):
             start, end, sequence = chunk.start, chunk.end, chunk.sequence
-            begin, num_tokens, num_blocks = row * shape.tokens, end - start, blocks_for(end, self._cache.block_size)
-            position = np.arange(start, end, dtype=np.int32)
+            first, num_blocks = row * shape.tokens, blocks_for(end, block_size)
+            tokens = slice(first, first + end - start)
+            positions = np.arange(start, end, dtype=np.int32)
             blocks = np.array(sequence.blocks[:num_blocks], dtype=np.int32)
-            block, offset = np.divmod(position, np.int32(self._cache.block_size))
-            ids[begin : begin + num_tokens] = sequence.token_ids[start:end]
-            positions[begin : begin + num_tokens] = position
-            slots[begin : begin + num_tokens] = blocks[block] * self._cache.block_size + offset
-            table[row * shape.blocks : row * shape.blocks + num_blocks] = blocks
-            last[row] = begin + num_tokens - 1
-            temperature.view(np.float32)[row] = sequence.sampling.temperature
-            top_k[row] = sequence.sampling.top_k
-            top_p.view(np.float32)[row] = sequence.sampling.top_p
-            uniforms.view(np.float32)[row] = uniform(sequence.seed, end)
+            sections.ids[tokens] = sequence.token_ids[start:end]
+            sections.positions[tokens] = positions
+            sections.slots[tokens] = blocks[positions // block_size] * block_size + positions % block_size
+            sections.table[row * shape.blocks : row * shape.blocks + num_blocks] = blocks
+            sections.last[row] = tokens.stop - 1
+            sections.top_k[row] = sequence.sampling.top_k
+            temperature[row] = sequence.sampling.temperature
+            top_p[row] = sequence.sampling.top_p
+            uniforms[row] = uniform(sequence.seed, end)
 
-    def _forward(self, forward: Forward, shape: Shape, offset: int) -> list[Tensor]:
+    def _forward(self, forward: Forward, shape: Shape, words: Sections[Tensor]) -> list[Tensor]:
         """Sampled ids (number of chunks,), or nothing where the chunks do not sample."""
-        words = self._input[offset : offset + sum(shape.sizes)].split(shape.sizes)
-        ids, positions, slots, table, last, temperature, top_k, top_p, uniforms = words
-        paged = PagedBatch(cache=self._cache, slot_mapping=slots, block_table=table.view(shape.rows, shape.blocks))
+        table = words.table.view(shape.rows, shape.blocks)
+        paged = PagedBatch(cache=self._cache, slot_mapping=words.slots, block_table=table)
         grid = (shape.rows, shape.tokens)
-        hidden = forward.model(ids.view(grid), positions.view(grid), paged).flatten(0, 1)  # (B * T, W)
+        hidden = forward.model(words.ids.view(grid), words.positions.view(grid), paged).flatten(0, 1)  # (B * T, W)
         if not forward.chunks[0].samples:
             return []
         if shape.tokens > 1:
-            hidden = hidden.index_select(0, last)
+            hidden = hidden.index_select(0, words.last)
         inputs = SamplingInputs(
-            temperature=temperature.view(torch.float32),
-            top_k=top_k,
-            top_p=top_p.view(torch.float32),
-            uniform=uniforms.view(torch.float32),
+            temperature=words.temperature.view(torch.float32),
+            top_k=words.top_k,
+            top_p=words.top_p.view(torch.float32),
+            uniform=words.uniform.view(torch.float32),
         )
         logits = forward.model.logits(hidden)
         plan = plan_sampling((chunk.sequence.sampling for chunk in forward.chunks), logits.shape[-1])
@@ -156,7 +182,3 @@ class Runner:
 
 def _round_up(count: int, sizes: tuple[int, ...]) -> int:
     return sizes[bisect_left(sizes, count)]
-
-
-def _split(words: Words, shape: Shape) -> list[Words]:
-    return np.split(words, np.cumsum(shape.sizes)[:-1])
