@@ -50,6 +50,8 @@ class ModelConfig:
     mlp_bias: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    """Transformers trains no input embedding of this token, and so do we. In many models it is the end token, too."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
@@ -83,6 +85,7 @@ class ModelConfig:
             mlp_bias=fields.flag("mlp_bias"),
             bos_token_id=_bos_token_id(data.get("bos_token_id", 1)),
             eos_token_ids=_eos_token_ids(data.get("eos_token_id", 2)),
+            pad_token_id=_pad_token_id(fields),
         )
         _check_heads(config)
         return config
@@ -207,6 +210,14 @@ def _bos_token_id(value: Any) -> int | None:
     if value is None or _is_token_id(value):
         return value  # type: ignore[no-any-return]
     raise UserError(f"bos_token_id: must be a token id or null (got {value!r})", param="bos_token_id")
+
+
+def _pad_token_id(fields: _Fields) -> int | None:
+    """Negative ones, as in the first llamas, count from the end of the vocabulary."""
+    value, size = fields.data.get("pad_token_id"), fields.size("vocab_size")
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and -size <= value < size):
+        return value
+    raise fields.wrong("pad_token_id", f"a token id below vocab_size = {size}, or null")
 
 
 def _eos_token_ids(value: Any) -> tuple[int, ...]:

@@ -84,6 +84,7 @@ def test_a_missing_key_has_the_default_of_transformers() -> None:
         "attention_bias",
         "mlp_bias",
         "bos_token_id",
+        "pad_token_id",
     ):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
@@ -118,6 +119,8 @@ def test_a_missing_key_has_the_default_of_transformers() -> None:
         ({"bos_token_id": "<s>"}, "bos_token_id", "(got '<s>')"),
         ({"eos_token_id": [2, "</s>"]}, "eos_token_id", "(got [2, '</s>'])"),
         ({"eos_token_id": -1}, "eos_token_id", "(got -1)"),
+        ({"pad_token_id": 49152}, "pad_token_id", "below vocab_size = 49152, or null (got 49152)"),
+        ({"pad_token_id": True}, "pad_token_id", "(got True)"),
     ],
 )
 def test_a_value_that_cannot_be_read_is_refused_by_name(change: dict[str, Any], param: str, words: str) -> None:
