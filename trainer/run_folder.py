@@ -1,13 +1,13 @@
 """The folder of one training run, the only channel between a trainer and whoever watches it. Torch-free.
 
-    config.yaml      the RunConfig, written by whoever starts the run
-    events.jsonl     one JSON object a line, appended by the trainer
-    metrics.csv      one row a step
-    log.txt          what the trainer printed, written by whoever started it
-    lock             held (flock) while a trainer lives
-    state/           training state
-    adapters/step_N/, checkpoints/step_N/   published whole: a folder with its final name is complete
-    result.json      written last: the run is over
+config.yaml      the RunConfig, written by whoever starts the run
+events.jsonl     one JSON object a line, appended by the trainer
+metrics.csv      one row a step
+log.txt          what the trainer printed, written by whoever started it
+lock             held (flock) while a trainer lives
+state/           training state
+adapters/step_N/, checkpoints/step_N/   published whole: a folder with its final name is complete
+result.json      written last: the run is over
 """
 
 from __future__ import annotations
