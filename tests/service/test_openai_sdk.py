@@ -16,7 +16,8 @@ from tests.support.server import Server, running_server
 from tests.support.tiny import make_tiny_llama
 
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you? 你是谁?"}]
-CONTEXT = 256
+CONTEXT = 8192
+LONG = 6000  # tokens: no answer of this length is complete before the client leaves
 
 
 @pytest.fixture(scope="module")
@@ -161,13 +162,13 @@ def test_what_metrics_count_is_what_was_answered(client: openai.OpenAI, server: 
 
 
 def stream_and_leave(server: Server) -> None:
-    body = {"messages": MESSAGES, "max_tokens": 150, "ignore_eos": True, "stream": True}
+    body = {"messages": MESSAGES, "max_tokens": LONG, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{server.url}/generate", json=body) as answer:
         next(answer.iter_lines())
 
 
 def ask_and_leave(server: Server) -> None:
-    body = {"messages": MESSAGES, "max_tokens": 150, "ignore_eos": True}
+    body = {"messages": MESSAGES, "max_tokens": LONG, "ignore_eos": True}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=httpx.Timeout(10, read=0.2))
 
@@ -180,15 +181,16 @@ def test_a_client_that_leaves_frees_the_engine(server: Server, leave: Callable[[
     after = read_metrics(server)
     aborted = "tuneserve:requests_aborted_total"
     assert after[aborted] == before[aborted] + 1
-    assert after["vllm:generation_tokens_total"] < before["vllm:generation_tokens_total"] + 150
+    assert after["vllm:generation_tokens_total"] < before["vllm:generation_tokens_total"] + LONG
 
 
 def test_a_storm_of_clients_that_leave_ends_in_an_idle_engine(client: openai.OpenAI, server: Server) -> None:
     async def storm() -> None:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=server.url, limits=limits, timeout=60) as web:
+            body = {"prompt": "the", "max_tokens": LONG, "ignore_eos": True}
             tasks = [
-                asyncio.create_task(web.post("/generate", json={"prompt": "the", "ignore_eos": True, "stream": stream}))
+                asyncio.create_task(web.post("/generate", json={**body, "stream": stream}))
                 for stream in (True, False) * 30
             ]
             await asyncio.sleep(0.5)
