@@ -44,7 +44,7 @@ async def take_dataset(request: DatasetRequest, *, job_id: str, settings: Settin
             message = f"dataset.file_id: {stored.id} was uploaded with the purpose {stored.purpose}, not {FINE_TUNE}"
             raise UserError(message, param="dataset.file_id")
         return TrainingData(files=(_relative(files.path(stored.id), settings),), file_id=stored.id, is_checked=True)
-    named = [(find_data_file(settings.data_dir, name), name) for name in request.named_files()]
+    named = [(find_data_file(settings.data_dir, name), name) for name in request.data_files or ()]
     is_small = are_small(named)
     if is_small:
         await check_files_aside(named, param=DATA_FILES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
 
 from service.jobs.job import Job, Promote, Status
 from service.schemas.answers import Answer
@@ -14,6 +14,21 @@ MAX_INLINE_RECORDS = 10_000
 MAX_DATA_FILES = 1000
 
 
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+ONE_FILE = {"type": "string"}
+DataFiles = Annotated[
+    list[str],
+    BeforeValidator(_as_list),
+    Field(min_length=1, max_length=MAX_DATA_FILES),
+    WithJsonSchema(
+        {"anyOf": [ONE_FILE, {"type": "array", "items": ONE_FILE, "minItems": 1, "maxItems": MAX_DATA_FILES}]}
+    ),
+]
+
+
 class DatasetRequest(Strict):
     """Exactly one of `records`, `file_id` and `data_files`."""
 
@@ -21,7 +36,7 @@ class DatasetRequest(Strict):
     """The records themselves: {"input", "output"} or {"messages": [{"role", "content"}, ...]} each."""
     file_id: str | None = None
     """A file that was uploaded to /v1/files with the purpose fine-tune."""
-    data_files: str | Annotated[list[str], Field(min_length=1, max_length=MAX_DATA_FILES)] | None = None
+    data_files: DataFiles | None = None
     """One or more JSON or JSONL files, as paths inside the data folder of the service."""
     source: Literal["json"] | None = None
     """May stand beside data_files, as in datasets.load_dataset; JSON and JSONL are told apart by their content."""
@@ -36,9 +51,6 @@ class DatasetRequest(Strict):
             raise ValueError("source belongs to data_files; remove it")
         return self
 
-    def named_files(self) -> list[str]:
-        return [self.data_files] if isinstance(self.data_files, str) else list(self.data_files or ())
-
 
 class FinetuneRequest(TrainingOptions):
     """POST /finetune. Only `model` and `dataset` are required."""
@@ -52,11 +64,12 @@ class FinetuneRequest(TrainingOptions):
     """When a checkpoint begins to answer: the last one at the end (`final`), `each` as it appears, the one with the
     `best` validation loss at the end, or none by itself (`manual`)."""
 
-    @model_validator(mode="after")
-    def _best_is_measured(self) -> FinetuneRequest:
-        if self.promote == "best" and self.validation_split == 0:
-            raise ValueError("promote: best needs a validation loss; set validation_split above 0, such as 0.1")
-        return self
+    @field_validator("promote")
+    @classmethod
+    def _best_is_measured(cls, value: Promote, info: ValidationInfo) -> Promote:
+        if value == "best" and info.data.get("validation_split") == 0:
+            raise ValueError("best needs a validation loss; set validation_split above 0, such as 0.1")
+        return value
 
     def options(self) -> TrainingOptions:
         return TrainingOptions(**{name: getattr(self, name) for name in TrainingOptions.model_fields})

@@ -1,4 +1,4 @@
-"""Real trainers on a tiny model; the engine is a stand-in."""
+"""Real trainers on a tiny model; the engine is a stand-in. tests/service/test_loop.py has the rest."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import pytest
 from service.errors import ApiError
 from service.jobs.checking import SMALL_BYTES
 from service.jobs.trainer_process import is_alive
+from tests.support import processes
 from tests.support.jobs import LONG, SHORT, make_bench, running_bench
 from tests.support.tiny import make_tiny_llama
 
@@ -47,65 +48,6 @@ def run(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(work)
 
 
-def is_running(pid: int | None) -> bool:
-    assert pid is not None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def test_a_job_is_trained_told_registered_and_promoted(home: Path) -> None:
-    async def work() -> None:
-        async with running_bench(home) as bench:
-            job = bench.supervisor.submit(**bench.columns(SHORT | {"validation_split": 0.25}, suffix="bot"))
-            assert job.status == "running"
-            job = await bench.finished(job)
-            final = f"ft:tiny:tuneserve:bot:{job.id[-8:]}"
-            assert (job.status, job.error, job.fine_tuned_model) == ("succeeded", None, final)
-            assert bench.serving.served is not None
-            assert bench.serving.served.id == final
-            types = bench.types(job)
-            assert types[:3] == ["queued", "running", "dataset"]
-            assert types[-2:] == ["promoted", "succeeded"]
-            assert types.count("step") == 4
-            assert [entry.id for entry in bench.registry.of_job(job.id)] == [f"{final}:ckpt-step-2", final]
-            assert all(entry.adapter_dir and entry.adapter_dir.is_dir() for entry in bench.registry.of_job(job.id))
-            (checkpoint, *_) = bench.store.events(job.id, types=("checkpoint",))
-            assert checkpoint["model"] == f"{final}:ckpt-step-2"
-            assert "tuneserve:train_step 4.0" in bench.metrics.render().decode()
-            assert 'tuneserve:jobs{status="succeeded"} 1.0' in bench.metrics.render().decode()
-
-    run(work())
-
-
-def test_a_killed_trainer_fails_its_job_with_the_reason_and_the_next_one_starts(home: Path) -> None:
-    async def work() -> None:
-        async with running_bench(home) as bench:
-            first = bench.supervisor.submit(**bench.columns(LONG))
-            second = bench.supervisor.submit(**bench.columns(SHORT, promote="manual"))
-            assert bench.store.get(second.id).status == "queued"
-            first = await bench.training(first)
-            assert first.pid is not None
-            assert os.getpriority(os.PRIO_PROCESS, first.pid) == 10
-            os.kill(first.pid, signal.SIGKILL)
-            first = await bench.finished(first)
-            assert first.status == "failed"
-            assert first.error is not None
-            assert first.error.code == "trainer_died"
-            assert "SIGKILL, possibly for lack of memory" in first.error.message
-            assert "Loss" in first.error.log_tail
-            assert bench.store.events(first.id)[-1]["log_tail"] == first.error.log_tail
-            assert bench.serving.served is not None
-            assert bench.serving.served.id == "tiny"
-            second = await bench.finished(second)
-            assert second.status == "succeeded"
-            assert bench.registry.promotions("tiny") == []  # manual
-
-    run(work())
-
-
 def test_a_cancelled_job_ends_within_a_step_and_promotes_nothing(home: Path) -> None:
     async def work() -> None:
         async with running_bench(home) as bench:
@@ -119,7 +61,8 @@ def test_a_cancelled_job_ends_within_a_step_and_promotes_nothing(home: Path) -> 
             types = bench.types(running)
             assert types[-1] == "cancelled"
             assert types[types.index("cancelling") :].count("step") <= 2  # the one under way, and one on its way to us
-            assert not is_running(running.pid)
+            assert running.pid is not None
+            assert not processes.is_alive(running.pid)
             assert bench.registry.promotions("tiny") == []
             with pytest.raises(ApiError) as error:
                 bench.supervisor.cancel(running.id)
@@ -162,44 +105,6 @@ def test_a_large_file_is_checked_in_the_job_and_its_mistake_is_told_with_line_an
             good = bench.supervisor.submit(**columns)
             await bench.until(good, lambda now: now.status == "running")
             assert bench.types(good)[:3] == ["validating_files", "queued", "running"]
-
-    run(work())
-
-
-def test_a_stop_of_the_service_ends_the_trainer_and_the_job_begins_again(home: Path) -> None:
-    async def work() -> None:
-        async with running_bench(home) as bench:
-            job = await bench.training(bench.supervisor.submit(**bench.columns(LONG)))
-            pid = job.pid
-        assert not is_running(pid)
-        async with running_bench(home) as bench:
-            job = await bench.training(job)
-            assert (job.attempt, job.status) == (2, "running")
-            assert job.pid != pid
-            assert (home / "runs" / f"{job.id}.attempt2" / "events.jsonl").exists()
-            bench.supervisor.cancel(job.id)
-            await bench.finished(job)
-
-    run(work())
-
-
-def test_a_live_trainer_is_adopted_after_the_service_was_killed(home: Path) -> None:
-    async def work() -> None:
-        bench = make_bench(home)
-        job = bench.store.create(**bench.columns(SHORT | {"epochs": 6, "save_every_n_steps": 1000}))
-        bench.database.close()
-        with supervisor_process(home) as process:
-            log = home / "runs" / job.id / "events.jsonl"
-            await _appears(log)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        async with running_bench(home) as bench:
-            assert bench.store.get(job.id).attempt == 1
-            done = await bench.finished(job)
-            assert (done.status, done.attempt) == ("succeeded", 1)
-            steps = [event["step"] for event in bench.store.events(job.id, types=("step",))]
-            assert steps == list(range(1, 13))
-            assert bench.types(done)[-2:] == ["promoted", "succeeded"]
 
     run(work())
 
