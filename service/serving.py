@@ -61,7 +61,7 @@ class Serving:
         self._settings = settings
         self._metrics = metrics
         self._weights: dict[str, ModelLoaded] = {}  # also of what has left the engine: its last answers need them
-        self._loaded: dict[str, None] = {}  # least recently used first
+        self._loaded: dict[str, Entry] = {}  # least recently used first
         self._deaths: Counter[str] = Counter()
         self._lock = asyncio.Lock()
 
@@ -103,6 +103,8 @@ class Serving:
         if model in (None, LATEST, self.served.id, *self._settings.served_model_aliases):
             return self.served
         assert model is not None  # it is in the tuple above
+        if model in self._loaded:
+            return self._loaded[model]
         try:
             entry = self.registry.get(model)
         except NotFoundError:
@@ -123,13 +125,15 @@ class Serving:
     async def _load_on_request(self, entry: Entry) -> None:
         if entry == self.served:
             raise unavailable(f"{entry.id} is being loaded")
-        if self._settings.max_loaded_models == 1:
+        idle = [entry_id for entry_id in self._loaded if self.served is None or entry_id != self.served.id]
+        is_full = len(self._loaded) >= self._settings.max_loaded_models
+        if is_full and not idle:
             raise unavailable(
                 f"{entry.id} is not loaded, and max_loaded_models is 1; activate it, or raise that setting",
                 retry_after=60,
             )
         try:
-            await self._load(entry)
+            await self._load(entry, replaces=idle[0] if is_full else None)
         except (ModelLoadError, EngineUnavailable) as error:
             raise unavailable(f"{entry.id} could not be loaded: {error}", retry_after=60) from error
 
@@ -176,14 +180,14 @@ class Serving:
         An engine that dies meanwhile is started again by its client, which calls this again.
         """
         async with self._lock:
-            others = [*self._loaded]
+            others = [*self._loaded.values()]
             self._loaded.clear()
             self.problems.clear()
             try:
                 await self._load_served()
-                for entry_id in others:
-                    if entry_id not in self._loaded:
-                        await self._load_or_tell(self.registry.get(entry_id))
+                for entry in others:
+                    if entry.id not in self._loaded and len(self._loaded) < self._settings.max_loaded_models:
+                        await self._load_or_tell(entry)
             except EngineUnavailable as error:
                 logger.error("the engine died while loading: %s", error)
 
@@ -216,26 +220,26 @@ class Serving:
     async def _swap_to(self, entry: Entry) -> None:
         """Raises SwapError."""
         start = time.monotonic()
+        old = None if self.served is None or self.served.id not in self._loaded else self.served.id
         try:
             if entry.id not in self._loaded:
-                await self._load(entry)
+                await self._load(entry, replaces=old)
         except (ModelLoadError, EngineUnavailable) as error:
             self._metrics.swap("failed", time.monotonic() - start)
             kind = SwapError if isinstance(error, ModelLoadError) else NoEngineError
             raise kind(str(error)) from error
         self._metrics.swap("succeeded", time.monotonic() - start)
 
-    async def _load(self, entry: Entry) -> None:
-        """The least recently used entry goes when the engine holds as many as it may.
+    async def _load(self, entry: Entry, *, replaces: str | None = None) -> None:
+        """What it replaces goes: at once, where memory does not hold both, or else afterwards.
 
-        Raises ModelLoadError with the old ones still loaded, and EngineUnavailable.
+        Raises ModelLoadError with the old one still loaded, and EngineUnavailable.
         """
-        victim = self._victim()
         command = LoadModel(
             model_id=entry.id,
             base_dir=str(entry.base_dir),
             adapter_dir=None if entry.adapter_dir is None else str(entry.adapter_dir),
-            replaces=victim,
+            replaces=replaces,
         )
         try:
             loaded = await self.engine.load_model(command)
@@ -243,13 +247,7 @@ class Serving:
             self._deaths[entry.id] += 1
             raise
         del self._deaths[entry.id]
-        if victim is not None:
-            self._loaded.pop(victim, None)
+        if replaces is not None:
+            del self._loaded[replaces]
         self._weights[entry.id] = loaded
-        self._loaded[entry.id] = None
-
-    def _victim(self) -> str | None:
-        if len(self._loaded) < self._settings.max_loaded_models:
-            return None
-        idle = [entry_id for entry_id in self._loaded if self.served is None or entry_id != self.served.id]
-        return idle[0] if idle else next(iter(self._loaded))
+        self._loaded[entry.id] = entry

@@ -85,11 +85,12 @@ def test_an_unknown_model_is_refused_unless_settings_allow_it(make_serving: Call
 
 
 def test_a_promotion_changes_latest_and_is_kept(
-    make_serving: Callable[..., Serving], checkpoints: list[Entry], registry: Registry
+    make_serving: Callable[..., Serving], checkpoints: list[Entry], registry: Registry, engine: StubEngine
 ) -> None:
     async def run() -> None:
         serving = await started(make_serving())
         await serving.promote(checkpoints[0].id, "test")
+        assert engine.commands[-1].replaces == "tiny"  # so that a device which holds one set can swap, too
         assert (await serving.acquire(None)).id == checkpoints[0].id
         assert (await serving.acquire("tiny")).id == "tiny"
         assert [promotion.entry_id for promotion in registry.promotions("tiny")] == [checkpoints[0].id]
@@ -211,6 +212,7 @@ def test_a_restarted_engine_gets_the_same_entries_again(
     async def run() -> None:
         serving = await started(make_serving())
         await serving.promote(checkpoints[0].id, "test")
+        await serving.acquire("tiny")
         held = set(engine.held)
         engine.held.clear()
         await serving.on_engine_ready(READY)
