@@ -19,6 +19,7 @@ from service.jobs.job import new_id
 
 Purpose = Literal["fine-tune", "assistants", "batch", "vision", "user_data", "evals"]
 FINE_TUNE: Purpose = "fine-tune"
+UPLOADING = ".upload."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +34,11 @@ class StoredFile:
 
 class FileStore:
     def __init__(self, database: Database, folder: Path) -> None:
+        """Removes what an upload left behind that a crash of the service interrupted."""
         self.database = database
         self.folder = folder
+        for path in folder.glob(f"{UPLOADING}*"):
+            path.unlink()
 
     async def take(self, source: BinaryIO, *, filename: str, purpose: Purpose) -> StoredFile:
         """Keep what `source` holds. Training data is checked to its end: raises UserError and keeps nothing."""
@@ -49,7 +53,7 @@ class FileStore:
 
     def _copy(self, source: BinaryIO) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".upload.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=UPLOADING, delete=False) as file:
             try:
                 shutil.copyfileobj(source, file, 1 << 20)
                 file.flush()

@@ -220,7 +220,7 @@ class Supervisor:
             finished_at=time.time(),
             fine_tuned_model=result and result.id,
         )
-        logger.info("job %s: %s%s", job_id, status, f" ({error.code}: {error.message})" if error else "")
+        logger.info("job %s: %s%s", job_id, status, f" ({error.code}: {error.message!r})" if error else "")
 
     # ---- restarts
 

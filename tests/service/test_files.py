@@ -69,6 +69,13 @@ def test_pages_have_an_order_a_purpose_and_an_end(files: FileStore) -> None:
     assert [file.id for file in files.page(limit=9, after=ids[0], ascending=True)[0]] == [ids[1], ids[2]]
 
 
+def test_what_an_interrupted_upload_left_is_removed_at_the_next_start(files: FileStore, database: Database) -> None:
+    stored = add(files)
+    (files.folder / ".upload.x").write_bytes(GOOD)
+    again = FileStore(database, files.folder)
+    assert [path.name for path in again.folder.iterdir()] == [stored.id]
+
+
 def test_a_deleted_file_is_gone(files: FileStore) -> None:
     stored = add(files)
     files.delete(stored.id)
