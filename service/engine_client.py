@@ -129,7 +129,11 @@ class EngineClient:
         process.send(request)
         outputs: Outputs = asyncio.Queue()
         self._requests[request_id] = outputs
-        return TokenStream(outputs, lambda: self._abort(request_id))
+        return TokenStream(
+            outputs,
+            abort=lambda: self._abort(request_id),
+            forget=lambda: self._requests.pop(request_id, None),
+        )
 
     async def load_model(self, command: LoadModel, /) -> ModelLoaded:
         """Load weights. Raises ModelLoadError with the reason, EngineUnavailable.
@@ -163,7 +167,7 @@ class EngineClient:
         return self._process
 
     def _abort(self, request_id: str) -> None:
-        if self._requests.pop(request_id, None) is not None and self._process is not None:
+        if request_id in self._requests and self._process is not None:
             self._process.send(AbortRequest(request_id=request_id))
 
     # ---- the life of the process

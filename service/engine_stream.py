@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 
-from service.engine.messages import TokenOutput
+from service.engine.messages import RequestTiming, TokenOutput
 
 
 class EngineError(Exception):
@@ -54,9 +55,11 @@ Outputs = asyncio.Queue[TokenOutput | EngineError]
 class TokenStream(AsyncIterator[TokenOutput]):
     """The outputs of one request, the last with a finish reason. Dropping or closing it early aborts the request."""
 
-    def __init__(self, outputs: Outputs, abort: Callable[[], None]) -> None:
+    def __init__(self, outputs: Outputs, *, abort: Callable[[], object], forget: Callable[[], object]) -> None:
+        """`abort` asks the engine to end the request, whose last output still comes; `forget` lets nothing come."""
         self._outputs = outputs
         self._abort = abort
+        self._forget = forget
         self._is_over = False
 
     async def __anext__(self) -> TokenOutput:
@@ -74,9 +77,23 @@ class TokenStream(AsyncIterator[TokenOutput]):
         self._is_over = item.finish_reason is not None
         return item
 
+    async def abort(self) -> RequestTiming | None:
+        """End the request early, and wait for what the engine says of its time; None when it cannot say any more.
+
+        That takes as long as the step under way. `aclose` does not wait.
+        """
+        self._abort()
+        timing = None
+        with suppress(EngineError):
+            async for output in self:
+                timing = output.timing
+        return timing
+
     async def aclose(self) -> None:
         self._is_over = True
         self._abort()
+        self._forget()
 
     def __del__(self) -> None:
         self._abort()
+        self._forget()

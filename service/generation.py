@@ -57,7 +57,7 @@ class Answer:
     last_token: float | None = None
     finish_reason: FinishReason | None = None
     timing: RequestTiming | None = None
-    """The engine's own. None when a stop string ended the answer, which the engine does not know."""
+    """The engine's own, for a complete answer. None where the engine died as a stop string ended it."""
 
     @property
     def outcome(self) -> FinishReason:
@@ -188,8 +188,6 @@ class Generator:
                     text = answer.take(output)
                     if text or answer.finish_reason is not None:
                         pieces.put_nowait(_piece(answer, text))
-                    if answer.finish_reason is not None:
-                        break
             self._finish(answer)
             pieces.put_nowait(None)
         except asyncio.CancelledError:
@@ -213,6 +211,8 @@ class Generator:
                 async with aclosing(self.engine.submit(request)) as outputs:
                     async for output in outputs:
                         yield output
+                        if answer.finish_reason is not None and output.finish_reason is None:
+                            answer.timing = await outputs.abort()  # a stop string: the engine does not know it
             except ModelUnavailable:
                 continue
             return
@@ -238,7 +238,7 @@ class Generator:
             prompt_tokens=len(answer.prompt_ids),
             generated_tokens=answer.num_tokens,
             max_tokens=answer.sampling.max_tokens,
-            seconds=time.monotonic() - answer.started,
+            seconds=(answer.last_token or time.monotonic()) - answer.started,
             timing=answer.timing,
         )
 

@@ -69,13 +69,14 @@ def _metrics(services: Services, answer: Answer) -> GenerationMetrics:
     stats = services.engine.stats
     total_s = (answer.last_token or time.monotonic()) - answer.started
     tokens_per_second = answer.num_tokens / total_s
-    decode_bandwidth = _rate(answer.timing.decode_bytes, answer.timing.decode_s) if answer.timing else None
+    timing = answer.timing
+    decode_bandwidth = None if timing is None else _rate(timing.decode_bytes, timing.decode_s)
     return GenerationMetrics(
         time_to_first_token_s=None if answer.first_token is None else answer.first_token - answer.started,
         total_time_s=total_s,
         tokens_per_second=tokens_per_second,
         bandwidth_gb_s=services.serving.weight_bytes(answer.entry.id) * tokens_per_second / GB,
-        decode_tokens_per_second=_decode_rate(answer),
+        decode_tokens_per_second=None if timing is None else _rate(timing.decode_tokens, timing.decode_s),
         decode_bandwidth_gb_s=decode_bandwidth and decode_bandwidth / GB,
         bandwidth_utilization=decode_bandwidth and decode_bandwidth / answer.engine.peak_bandwidth,
         peak_bandwidth_gb_s=answer.engine.peak_bandwidth / GB,
@@ -84,14 +85,6 @@ def _metrics(services: Services, answer: Answer) -> GenerationMetrics:
         device=answer.engine.device,
         model=answer.entry.id,
     )
-
-
-def _decode_rate(answer: Answer) -> float | None:
-    if answer.timing is not None:
-        return _rate(answer.timing.decode_tokens, answer.timing.decode_s)
-    if answer.first_token is None or answer.last_token is None:
-        return None
-    return _rate(answer.num_tokens - 1, answer.last_token - answer.first_token)
 
 
 def _rate(amount: float, seconds: float) -> float | None:

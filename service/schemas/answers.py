@@ -60,8 +60,7 @@ class GenerationMetrics(Answer):
     decode_tokens_per_second: float | None
     """Tokens after the first one / the time they took."""
     decode_bandwidth_gb_s: float | None
-    """Bytes that the device really read for them, weights once a step and the cache, / the time they took. Null when a
-    stop string ended the answer."""
+    """Bytes that the device really read for them, weights once a step and the cache, / the time they took."""
     bandwidth_utilization: float | None
     """Share of the device's peak that the decode bandwidth reaches."""
     peak_bandwidth_gb_s: float

@@ -95,7 +95,7 @@ def test_requests_loads_and_aborts_go_through_the_process(tiny: Path, other_tiny
         assert await collect(client.submit(request("a", PROMPT))) == expected[MODEL]
 
     async def check_aborts(client: EngineClient, stats: list[StepStats]) -> None:
-        for end in (close_early, drop, cancel):
+        for end in (close_early, drop, cancel, abort):
             await end(client.submit(request(end.__name__, PROMPT, max_tokens=200)))
             await until(lambda: stats[-1].num_running == stats[-1].used_blocks == 0)
 
@@ -122,6 +122,14 @@ async def close_early(stream: TokenStream) -> None:
 async def drop(stream: TokenStream) -> None:
     await anext(stream)
     del stream
+
+
+async def abort(stream: TokenStream) -> None:
+    await anext(stream)
+    timing = await stream.abort()
+    assert timing is not None
+    assert timing.decode_tokens < 199
+    assert [output async for output in stream] == []
 
 
 async def cancel(stream: TokenStream) -> None:

@@ -28,6 +28,7 @@ READY = EngineReady(
     torch_version="2.13.0",
 )
 WEIGHT_BYTES = 1_000_000
+ABORTED = RequestTiming(queue_s=0.0, prefill_s=0.5, decode_s=4.0, decode_tokens=8, decode_bytes=10**9)
 
 
 class ScriptedEngine(EngineClient):
@@ -38,12 +39,14 @@ class ScriptedEngine(EngineClient):
     stays_after: int | None = None
     """After so many tokens a request goes on forever, without a further token."""
     dies_after: int | None = None
+    dies_at_abort: bool = False
     weights_leave: int = 0
     """So many requests find that their weights have just left the engine."""
 
     async def start(self) -> None:
         self.running: set[str] = set()
         self.received: list[AddRequest] = []
+        self.loaded: list[str] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self.state, self.ready = "ready", READY
         await self._on_ready(READY)
@@ -54,6 +57,7 @@ class ScriptedEngine(EngineClient):
             task.cancel()
 
     async def load_model(self, command: LoadModel, /) -> ModelLoaded:
+        self.loaded.append(command.model_id)
         return ModelLoaded(
             model_id=command.model_id,
             weights_hash=f"hash-of-{command.model_id}",
@@ -72,10 +76,12 @@ class ScriptedEngine(EngineClient):
         self._tasks.add(task)
 
         def abort() -> None:
-            task.cancel()
+            if task.cancel():
+                last = TokenOutput(request_id=request.request_id, token_ids=(), finish_reason="abort", timing=ABORTED)
+                outputs.put_nowait(EngineUnavailable("it was killed") if self.dies_at_abort else last)
             self.running.discard(request.request_id)
 
-        return TokenStream(outputs, abort)
+        return TokenStream(outputs, abort=abort, forget=lambda: None)
 
     async def _play(self, request: AddRequest, outputs: Outputs) -> None:
         tokens = self.answer if request.sampling.ignore_eos else (*self.answer, self.eos)

@@ -41,11 +41,21 @@ def test_a_single_token_has_no_decode_figures(api: Api) -> None:
     assert metrics["tokens_per_second"] > 0
 
 
-def test_an_answer_that_a_stop_string_ended_has_metrics(api: Api) -> None:
+def test_an_answer_that_a_stop_string_ended_has_the_engines_figures_as_well(api: Api) -> None:
+    api.engine.stays_after = len(api.engine.answer) - 1
     metrics = api.post(PATH, {"prompt": "hi", "stop": "there"}).json()["metrics"]
     assert metrics["tokens_per_second"] > 0
-    assert metrics["decode_tokens_per_second"] > 0
-    assert metrics["decode_bandwidth_gb_s"] is None
+    assert metrics["decode_tokens_per_second"] == pytest.approx(8 / 4)
+    assert metrics["decode_bandwidth_gb_s"] == pytest.approx(0.25)
+
+
+def test_an_engine_that_dies_behind_a_stop_string_takes_no_more_than_its_figures(own_api: Api) -> None:
+    own_api.engine.stays_after = len(own_api.engine.answer) - 1
+    own_api.engine.dies_at_abort = True
+    answer = own_api.post(PATH, {"prompt": "hi", "stop": "there"}).json()
+    assert answer["choices"][0]["text"] == "Hello "
+    assert answer["metrics"]["tokens_per_second"] > 0
+    assert answer["metrics"]["decode_tokens_per_second"] is None
 
 
 def test_the_stream_ends_with_usage_and_metrics(api: Api) -> None:
