@@ -56,12 +56,11 @@ class Serving:
         """What `latest` is. None until the engine has loaded something."""
         self.since: float | None = None
         """Unix time at which `served` became it."""
-        self.problems: list[str] = []
-        """Entries that should be served and could not be loaded, with the reason. For /health."""
         self._settings = settings
         self._metrics = metrics
         self._weights: dict[str, ModelLoaded] = {}  # also of what has left the engine: its last answers need them
         self._loaded: dict[str, Entry] = {}  # least recently used first
+        self._problems: dict[str, str] = {}
         self._deaths: Counter[str] = Counter()
         self._lock = asyncio.Lock()
 
@@ -71,6 +70,11 @@ class Serving:
     def loaded(self) -> tuple[str, ...]:
         """Ids of the entries in the engine's memory."""
         return tuple(self._loaded)
+
+    @property
+    def problems(self) -> list[str]:
+        """Entries that should be served and could not be loaded, with the reason. For /health."""
+        return [*self._problems.values()]
 
     def weights_hash(self, entry_id: str) -> str:
         return self._weights[entry_id].weights_hash
@@ -89,13 +93,19 @@ class Serving:
         unknown name, ApiError 503 while there is nothing to answer with.
         """
         entry = self._resolve(model)
-        if entry.id not in self._loaded:
-            async with self._lock:
-                entry = self._resolve(model)  # what is served may have changed meanwhile
-                if entry.id not in self._loaded:
-                    await self._load_on_request(entry)
+        while entry.id not in self._loaded:
+            # Shielded: a load goes on in the engine when its client leaves, and must be written down here
+            entry = await asyncio.shield(asyncio.create_task(self._load_on_request(model)))
         self._loaded[entry.id] = self._loaded.pop(entry.id)  # the most recently used one now
         return entry
+
+    def forget(self, entry: Entry) -> None:
+        """The engine says that it does not hold this entry; the next request for it loads it again.
+
+        While a swap is under way, the swap itself says what is loaded afterwards.
+        """
+        if not self._lock.locked():
+            self._loaded.pop(entry.id, None)
 
     def _resolve(self, model: str | None) -> Entry:
         if self.served is None or self.engine.ready is None:
@@ -122,20 +132,27 @@ class Serving:
                 param="model",
             )
 
-    async def _load_on_request(self, entry: Entry) -> None:
-        if entry == self.served:
-            raise unavailable(f"{entry.id} is being loaded")
+    async def _load_on_request(self, model: str | None) -> Entry:
+        async with self._lock:
+            entry = self._resolve(model)  # what is served may have changed meanwhile
+            if entry.id not in self._loaded:
+                try:
+                    await self._load(entry, replaces=self._idle_for(entry))
+                except (ModelLoadError, EngineUnavailable) as error:
+                    raise unavailable(f"{entry.id} could not be loaded: {error}", retry_after=60) from error
+            return entry
+
+    def _idle_for(self, entry: Entry) -> str | None:
+        """Which entry makes room: none, or the least recently used one that is not served. Raises ApiError 503."""
+        if len(self._loaded) < self._settings.max_loaded_models:
+            return None
         idle = [entry_id for entry_id in self._loaded if self.served is None or entry_id != self.served.id]
-        is_full = len(self._loaded) >= self._settings.max_loaded_models
-        if is_full and not idle:
+        if not idle:
             raise unavailable(
                 f"{entry.id} is not loaded, and max_loaded_models is 1; activate it, or raise that setting",
                 retry_after=60,
             )
-        try:
-            await self._load(entry, replaces=idle[0] if is_full else None)
-        except (ModelLoadError, EngineUnavailable) as error:
-            raise unavailable(f"{entry.id} could not be loaded: {error}", retry_after=60) from error
+        return idle[0]
 
     # ---- swaps
 
@@ -182,7 +199,7 @@ class Serving:
         async with self._lock:
             others = [*self._loaded.values()]
             self._loaded.clear()
-            self.problems.clear()
+            self._problems.clear()
             try:
                 await self._load_served()
                 for entry in others:
@@ -206,8 +223,8 @@ class Serving:
                 raise ModelLoadError("the engine died while loading it")
             await self._load(entry)
         except ModelLoadError as error:
-            self.problems.append(f"{entry.id} could not be loaded: {error}")
-            logger.error("%s", self.problems[-1])
+            self._problems[entry.id] = f"{entry.id} could not be loaded: {error}"
+            logger.error("%s", self._problems[entry.id])
             return False
         return True
 
@@ -243,11 +260,20 @@ class Serving:
         )
         try:
             loaded = await self.engine.load_model(command)
+        except ModelLoadError as error:
+            raise ModelLoadError(self._without_paths(str(error), entry)) from error
         except EngineUnavailable:
             self._deaths[entry.id] += 1
             raise
         del self._deaths[entry.id]
+        self._problems.pop(entry.id, None)
         if replaces is not None:
             del self._loaded[replaces]
         self._weights[entry.id] = loaded
         self._loaded[entry.id] = entry
+
+    def _without_paths(self, message: str, entry: Entry) -> str:
+        """For clients: folders are told relative to home, and a base model elsewhere by its name."""
+        for folder in (self._settings.home, entry.base_dir.parent):
+            message = message.replace(f"{folder}/", "")
+        return message

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from lm.errors import NotFoundError
+from service.engine.messages import LoadModel, ModelLoaded
+from service.engine_client import ModelLoadError
 from service.errors import ApiError
 from service.jobs.store import JobStore
 from service.metrics import Metrics
@@ -285,5 +287,95 @@ def test_swaps_are_counted_by_their_result(
         assert 'tuneserve:weights_swaps_total{result="succeeded"} 1.0' in text
         assert 'tuneserve:weights_swaps_total{result="failed"} 1.0' in text
         assert f'model="{checkpoints[0].id}"' in text
+
+    asyncio.run(run())
+
+
+def test_a_client_that_leaves_while_its_model_loads_leaves_no_set_of_weights_that_nobody_knows(
+    make_serving: Callable[..., Serving], checkpoints: list[Entry], engine: StubEngine
+) -> None:
+    async def run() -> None:
+        serving = await started(make_serving(max_loaded_models=2))
+        first, second = checkpoints
+        await serving.acquire(first.id)
+        leaving = asyncio.create_task(serving.acquire(second.id))
+        while len(engine.commands) < 3:
+            await asyncio.sleep(0)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        await serving.acquire(second.id)
+        assert set(serving.loaded) == set(engine.held) == {"tiny", second.id}
+        assert len(engine.commands) == 3
+
+    asyncio.run(run())
+
+
+def test_weights_that_the_engine_lost_are_loaded_again_for_the_next_request(
+    make_serving: Callable[..., Serving], checkpoints: list[Entry], engine: StubEngine
+) -> None:
+    async def run() -> None:
+        serving = await started(make_serving(max_loaded_models=1))
+        await serving.promote(checkpoints[0].id, "test")
+        engine.held.clear()
+        serving.forget(checkpoints[0])
+        assert (await serving.acquire(None)).id == checkpoints[0].id
+        assert engine.held == [checkpoints[0].id]
+
+    asyncio.run(run())
+
+
+def test_during_a_swap_it_is_the_swap_that_says_what_is_loaded(
+    make_serving: Callable[..., Serving], checkpoints: list[Entry]
+) -> None:
+    async def run() -> None:
+        serving = await started(make_serving(max_loaded_models=1))
+        swap = asyncio.create_task(serving.promote(checkpoints[0].id, "test"))
+        await asyncio.sleep(0)
+        assert serving.served is not None
+        serving.forget(serving.served)
+        assert serving.loaded == ("tiny",)
+        await swap
+        assert serving.loaded == (checkpoints[0].id,)
+
+    asyncio.run(run())
+
+
+def test_a_problem_is_over_once_its_entry_has_been_loaded(
+    make_serving: Callable[..., Serving], checkpoints: list[Entry], engine: StubEngine
+) -> None:
+    async def run() -> None:
+        serving = await started(make_serving())
+        await serving.promote(checkpoints[0].id, "test")
+        engine.broken.add(checkpoints[0].id)
+        restarted = await started(make_serving())
+        assert len(restarted.problems) == 1
+        engine.broken.clear()
+        await restarted.promote(checkpoints[0].id, "test")
+        assert restarted.problems == []
+
+    asyncio.run(run())
+
+
+def test_a_load_that_fails_tells_no_path_of_the_machine(
+    make_serving: Callable[..., Serving],
+    checkpoints: list[Entry],
+    engine: StubEngine,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def load_model(command: LoadModel, /) -> ModelLoaded:
+        raise ModelLoadError(f"{command.adapter_dir}/adapter_model.safetensors is not readable")
+
+    async def run() -> None:
+        serving = await started(make_serving())
+        monkeypatch.setattr(engine, "load_model", load_model)
+        with pytest.raises(SwapError) as swap:
+            await serving.promote(checkpoints[0].id, "test")
+        with pytest.raises(ApiError) as request:
+            await serving.acquire(checkpoints[0].id)
+        for message in (str(swap.value), str(request.value)):
+            assert f"runs/{checkpoints[0].job_id}/adapters/step_1/adapter_model.safetensors" in message
+            assert str(home) not in message
 
     asyncio.run(run())

@@ -106,6 +106,7 @@ def test_weights_that_leave_before_a_request_is_admitted_fail_nothing(own_api: A
     own_api.engine.weights_leave = 2
     assert own_api.post(*GENERATE).json()["choices"][0]["text"] == "Hello there."
     assert len(own_api.engine.received) == 3
+    assert own_api.engine.loaded == ["base"] * 3  # at the start, and each time when it was found to be gone
 
 
 def test_weights_that_never_stay_are_a_503(own_api: Api) -> None:
