@@ -1,9 +1,7 @@
-"""Reading weights: checks before anything is touched, and a thread that leaves the processor to decoding."""
+"""Reading weights: checks before anything is touched, and a thread beside decoding."""
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -22,7 +20,6 @@ from lm.ops import Ops
 from lm.weight_files import validate_checkpoint
 
 HOST = torch.device("cpu")
-NICENESS = 5
 ResultT = TypeVar("ResultT")
 
 
@@ -99,13 +96,14 @@ def place(model: LlamaForCausalLM, target: Target) -> LlamaForCausalLM:
 
 
 def in_background(work: Callable[[], ResultT], done: Callable[[], None]) -> Future[ResultT]:
-    """Run `work` in a thread of low priority, with one thread of torch's own; then call `done` from there."""
+    """Run `work` in a thread, with one thread of torch's own; then call `done` from there.
+
+    The thread has no lower priority: one that lost the processor while it holds Python's lock would stop everybody.
+    """
     future: Future[ResultT] = Future()
 
     def run() -> None:
         torch.set_num_threads(1)  # of this thread's work only
-        if sys.platform == "linux":  # where a priority belongs to a thread
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
             future.set_result(work())
         except Exception as error:  # noqa: BLE001 - raised again by whoever asks for the result
