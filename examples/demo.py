@@ -157,10 +157,18 @@ def service(home: str, model: str) -> Iterator[str]:
         print(log.read_text(encoding="utf-8")[-4000:], file=sys.stderr)
         raise
     finally:
-        process.send_signal(signal.SIGINT)
-        exit_code = process.wait(STOP_TIMEOUT_S)
+        exit_code = stop(process)
     if exit_code != 0:
         raise SystemExit(f"the service ended with exit code {exit_code}")
+
+
+def stop(process: subprocess.Popen[str]) -> int:
+    process.send_signal(signal.SIGINT)
+    try:
+        return process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
 
 
 def wait_for_url(process: subprocess.Popen[str]) -> str:
