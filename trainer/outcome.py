@@ -35,7 +35,7 @@ def result_of(error: Exception, config: RunConfig | None) -> RunResult:
         return _failed("no_disk_space", str(error))
     if is_out_of_memory(error) and config is not None:
         return _failed("out_of_memory", f"{error}. {_memory_advice(config)}")
-    return _failed("internal_error", f"{type(error).__name__}: {error}".strip())
+    return _failed("internal_error", f"{type(error).__name__}: {error}".removesuffix(": "))
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -62,6 +62,8 @@ class FineTuneRecipe:
         self.choice = resolve_device(config.device)
         self.device = self.choice.device
         self.precision = choose_dtype(config.dtype, self.device)
+        log.info(f"Device: {self.device} ({self.choice.name}). {self.choice.reason}")
+        log.info(f"Precision: {self.precision.name}. {self.precision.reason}")
         self.publisher = Publisher(config, folder, self.precision.dtype)
         self.step = 0
         self.trained_tokens = 0
@@ -188,7 +190,7 @@ class FineTuneRecipe:
             add_lora(model, lora_spec(self.config))
         model.checkpoint_activations = self.config.enable_activation_checkpointing
         for name, variant in variants.items():
-            log.info(f"{name}: {variant}")
+            log.info(f"Op {name}: {variant}")
         log.info(f"Model is initialized with precision {self.precision.dtype}.")
         figures, label = memory_figures(self.device), self.device.type.upper()
         log.info(
