@@ -132,7 +132,7 @@ class Generator:
                 Answer(
                     index=index,
                     prompt_ids=prompt_ids,
-                    sampling=_sampling(options, limit),
+                    sampling=_sampling(options, limit, self.codec.tokenizer.eos_token_ids),
                     detokenizer=Detokenizer(IncrementalDecoder(self.codec.tokenizer.decode), StopFinder(options.stop)),
                     engine=engine,
                     started=started,
@@ -277,7 +277,8 @@ def _room(num_prompt: int, max_tokens: int | None, context: int, param: str) -> 
     return room
 
 
-def _sampling(options: Sampling, max_tokens: int) -> SamplingParams:
+def _sampling(options: Sampling, max_tokens: int, eos_token_ids: tuple[int, ...]) -> SamplingParams:
+    """The tokenizer's end tokens end an answer beside those of the checkpoint's config: training teaches the former."""
     temperature = options.default_temperature if options.temperature is None else options.temperature
     top_p = 1.0 if options.top_p is None else options.top_p
     greedy = temperature < GREEDY_BELOW or top_p == 0
@@ -288,4 +289,5 @@ def _sampling(options: Sampling, max_tokens: int) -> SamplingParams:
         top_k=max(0, options.top_k or 0),
         seed=options.seed,
         ignore_eos=bool(options.ignore_eos),
+        stop_token_ids=() if options.ignore_eos else eos_token_ids,
     )

@@ -116,6 +116,16 @@ def test_sampling_options_reach_the_engine(api: Api) -> None:
     assert {name: getattr(sampling, name) for name in options} == options
 
 
+@pytest.mark.parametrize(("ignore_eos", "expected"), [(None, True), (False, True), (True, False)])
+def test_the_tokenizers_end_tokens_end_an_answer_whatever_the_models_config_says(
+    api: Api, ignore_eos: bool | None, expected: bool
+) -> None:
+    api.post(PATH, {"prompt": "hi", "ignore_eos": ignore_eos})
+    ends = api.services.codec.tokenizer.eos_token_ids
+    assert ends
+    assert api.engine.received[0].sampling.stop_token_ids == (ends if expected else ())
+
+
 def test_without_options_the_defaults_are_those_of_openai(api: Api) -> None:
     api.post(PATH, {"prompt": "hi", "max_tokens": None, "temperature": None, "stop": None, "top_p": None, "seed": None})
     sampling = api.engine.received[0].sampling
