@@ -98,6 +98,11 @@ class Registry:
     def of_job(self, job_id: str) -> list[Entry]:
         return [entry for entry in self.entries() if entry.job_id == job_id]
 
+    def path_in_home(self, entry: Entry) -> str | None:
+        """Where the entry's own folder lies, an adapter's for an adapter; None for a base model outside of home."""
+        folder = entry.adapter_dir or entry.base_dir
+        return str(folder.relative_to(self.home)) if folder.is_relative_to(self.home) else None
+
     def checkpoint_id(self, job: Job, event: Mapping[str, Any]) -> str:
         name = f"ft:{job.model}:{self.organization}:{job.suffix}:{job.id[-8:]}"
         return name if event["final"] else f"{name}:ckpt-step-{event['step']}"

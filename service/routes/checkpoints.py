@@ -56,6 +56,7 @@ def _answer(services: Services, entry: Entry) -> CheckpointAnswer:
         id=entry.id,
         kind=entry.kind,
         base=entry.base,
+        path=services.registry.path_in_home(entry),
         job_id=entry.job_id,
         step=entry.step,
         created_at=int(entry.created_at),

@@ -15,6 +15,8 @@ class CheckpointAnswer(Answer):
     kind: Kind
     """`base`: a base model. `adapter`: a LoRA adapter on its base. `full`: a whole model."""
     base: str
+    path: str | None
+    """The folder, relative to the home of the service. Null for a base model that lies elsewhere."""
     job_id: str | None
     step: int | None
     created_at: int

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from lm.errors import NotFoundError
+from service.database import Database
 from service.jobs.job import Job
 from service.jobs.store import JobStore
 from service.registry import Registry
@@ -68,6 +69,20 @@ def test_an_adapter_is_served_on_its_base_and_a_full_checkpoint_by_itself(
     assert (adapter.base_dir, adapter.adapter_dir) == (home / "models" / "tiny", run / "adapters" / "step_3")
     full = registry.add_checkpoint(job(store), run, checkpoint(3, kind="full", path="checkpoints/step_3"))
     assert (full.base_dir, full.adapter_dir) == (run / "checkpoints" / "step_3", None)
+
+
+def test_the_path_of_an_entry_is_its_own_folder_as_home_sees_it(
+    database: Database, store: JobStore, home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outside = tmp_path_factory.mktemp("outside") / "other"
+    registry = Registry(database, home=home, organization="tuneserve", base_folders=[outside])
+    run = home / "runs" / "x"
+    adapter = registry.add_checkpoint(job(store), run, checkpoint(3))
+    full = registry.add_checkpoint(job(store), run, checkpoint(3, kind="full", path="checkpoints/step_3"))
+    assert registry.path_in_home(adapter) == "runs/x/adapters/step_3"
+    assert registry.path_in_home(full) == "runs/x/checkpoints/step_3"
+    assert registry.path_in_home(registry.get("tiny")) == "models/tiny"
+    assert registry.path_in_home(registry.get("other")) is None
 
 
 def test_a_later_attempt_does_not_move_what_may_be_served(registry: Registry, store: JobStore, home: Path) -> None:

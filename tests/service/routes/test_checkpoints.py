@@ -52,13 +52,15 @@ def test_the_list_tells_what_is_served_and_since_when(api: Api, trained: str) ->
     before = api.get("/checkpoints").json()
     assert (before["served"], before["served_since"], before["problems"]) == (BASE, None, [])
     assert [(entry["id"], entry["kind"]) for entry in before["data"]] == [(trained, "adapter"), (BASE, "base")]
-    assert before["data"][0] | {"created_at": 0, "job_id": ""} == {
+    job_id = before["data"][0]["job_id"]
+    assert before["data"][0] | {"created_at": 0} == {
         "id": trained,
         "object": "checkpoint",
         "kind": "adapter",
         "base": BASE,
-        "job_id": "",
+        "job_id": job_id,
         "step": 3,
+        "path": f"runs/{job_id}/adapters/step_3",
         "created_at": 0,
         "train_loss": 0.5,
         "validation_loss": None,
