@@ -77,6 +77,18 @@ def fill(model: LlamaForCausalLM, source: Source) -> None:
     load_weights(model, source.base_dir)
     if source.adapter_dir is not None:
         merge_adapter(model, source.adapter_dir)
+    _check_finite(model, source)
+
+
+def _check_finite(model: LlamaForCausalLM, source: Source) -> None:
+    """Such weights would poison more than their own answers: a NaN that stays in a KV block passes every mask."""
+    for name, tensor in model.state_dict().items():
+        lowest, highest = tensor.aminmax()  # one pass; NaN and infinity come through
+        if not (lowest.isfinite() & highest.isfinite()):
+            folder = source.adapter_dir or source.base_dir
+            raise UserError(
+                f"{folder}: {name} holds NaN or infinity as {tensor.dtype}; train again, or load another", param="model"
+            )
 
 
 def read(source: Source, target: Target) -> tuple[LlamaForCausalLM, str]:

@@ -6,6 +6,7 @@ import shutil
 import threading
 import weakref
 from collections.abc import Callable
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,15 @@ def damaged_copy(source: Path, target: Path) -> Path:
     shutil.copytree(source, target)
     tensors = load_file(target / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def poisoned_copy(source: Path, target: Path, value: float) -> Path:
+    """Everything fits, and one number is none: found out only when the weights are read."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
 
@@ -140,8 +150,10 @@ def no_folder(folder: Path, tiny: Path) -> Path:
         (cut_short, "is not a readable safetensors file"),
         (no_folder, "there is no model folder"),
         (lambda folder, tiny: damaged_copy(tiny, folder), "holds an lm_head.weight unlike its embedding"),
+        (lambda folder, tiny: poisoned_copy(tiny, folder, nan), "layers.1.mlp.up_proj.weight holds NaN or infinity"),
+        (lambda folder, tiny: poisoned_copy(tiny, folder, -inf), "layers.1.mlp.up_proj.weight holds NaN or infinity"),
     ],
-    ids=["other architecture", "missing tensor", "cut short", "no folder", "damaged"],
+    ids=["other architecture", "missing tensor", "cut short", "no folder", "damaged", "nan", "infinity"],
 )
 def test_a_swap_that_fails_leaves_the_old_weights_serving(
     start: Start,
