@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lm.errors import NotFoundError
+from lm.errors import NotFoundError, UserError
 from service.database import Database
 from service.jobs.job import Job
 
@@ -54,11 +54,18 @@ class Promotion:
 
 class Registry:
     def __init__(self, database: Database, *, home: Path, organization: str, base_folders: Iterable[Path] = ()) -> None:
-        """`base_folders` are base models outside of models/ in `home`."""
+        """`base_folders` are base models, also outside of models/. Raises UserError for a name that fits no id."""
+        self._base_folders = tuple(base_folders)
+        for folder in self._base_folders:
+            if not MODEL_NAME.fullmatch(folder.name):
+                raise UserError(
+                    f"model: the folder name {folder.name!r} cannot stand in a model id; rename it to letters, digits, "
+                    "`.`, `_` and `-`",
+                    param="model",
+                )
         self.database = database
         self.home = home
         self.organization = organization
-        self._base_folders = tuple(base_folders)
 
     # ---- entries
 

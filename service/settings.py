@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,10 +108,10 @@ class Settings(Strict):
 
     @property
     def model_dir(self) -> Path:
-        """The folder of the base model. Raises UserError when there is none."""
+        """The folder of the base model. Links stay: its name is what the model is called. Raises UserError."""
         for folder in (self.models_dir / self.model, Path(self.model).expanduser()):
             if (folder / "config.json").is_file():
-                return folder.resolve()
+                return Path(os.path.abspath(folder))
         known = sorted(path.parent.name for path in self.models_dir.glob("*/config.json"))
         have = f"{self.models_dir} holds {', '.join(known)}" if known else f"{self.models_dir} is empty"
         raise UserError(

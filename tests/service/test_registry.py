@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lm.errors import NotFoundError
+from lm.errors import NotFoundError, UserError
 from service.database import Database
 from service.jobs.job import Job
 from service.jobs.store import JobStore
@@ -41,6 +41,12 @@ def test_base_models_are_the_folders_with_a_config_as_they_are_now(registry: Reg
     assert [entry.id for entry in registry.entries()] == ["second"]
     with pytest.raises(NotFoundError, match="known are second"):
         registry.base_folder("tiny")
+
+
+def test_a_folder_whose_name_could_not_stand_in_an_id_is_refused_at_once(database: Database, home: Path) -> None:
+    with pytest.raises(UserError, match=r"model: the folder name 'my model' .* rename it") as error:
+        Registry(database, home=home, organization="tuneserve", base_folders=[home / "my model"])
+    assert error.value.param == "model"
 
 
 def test_an_entry_that_does_not_exist_is_refused_with_those_that_do(registry: Registry) -> None:

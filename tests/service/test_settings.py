@@ -75,6 +75,17 @@ def test_a_model_is_a_name_in_home_or_a_folder(tmp_path: Path) -> None:
     assert Settings(home=tmp_path, model=str(tmp_path / "elsewhere")).model_name == "elsewhere"
 
 
+def test_a_linked_model_is_called_by_the_name_of_the_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "snapshots" / "c4f3b2"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").touch()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mine").symlink_to(snapshot)
+    assert Settings(home=tmp_path, model="mine").model_name == "mine"
+    monkeypatch.chdir(snapshot)
+    assert Settings(home=tmp_path, model=".").model_dir == snapshot
+
+
 def test_a_missing_model_says_what_there_is_and_how_to_get_it(tmp_path: Path) -> None:
     (tmp_path / "models" / "mine").mkdir(parents=True)
     (tmp_path / "models" / "mine" / "config.json").touch()
