@@ -85,25 +85,26 @@ class Registry:
 
     def get(self, entry_id: str) -> Entry:
         """Raises NotFoundError with the ids that exist."""
-        for entry in self.entries():
-            if entry.id == entry_id:
-                return entry
+        if found := self._select("id = ?", entry_id):
+            return found[0]
         known = [entry.id for entry in reversed(self.entries())]
         raise NotFoundError(f"there is no model {entry_id!r:.120}; {_known(known)}", param="model")
 
     def entries(self) -> list[Entry]:
         """All that exist, in the order in which they were registered."""
-        bases = self.bases()
-        query = "SELECT * FROM entries ORDER BY seq"
-        rows = self.database.rows(query)
-        if new := sorted(bases.keys() - {row["id"] for row in rows}):
-            for name in new:
-                self._insert(id=name, base=name, kind="base")
-            rows = self.database.rows(query)
-        return [self._entry(row, bases) for row in rows if row["kind"] != "base" or row["id"] in bases]
+        return self._select("1")
 
     def of_job(self, job_id: str) -> list[Entry]:
-        return [entry for entry in self.entries() if entry.job_id == job_id]
+        return self._select("job_id = ?", job_id)
+
+    def _select(self, condition: str, *parameters: str) -> list[Entry]:
+        """Base models that are new on the disk are registered first."""
+        bases = self.bases()
+        registered = {row["id"] for row in self.database.rows("SELECT id FROM entries WHERE kind = 'base'")}
+        for name in sorted(bases.keys() - registered):
+            self._insert(id=name, base=name, kind="base")
+        rows = self.database.rows(f"SELECT * FROM entries WHERE {condition} ORDER BY seq", *parameters)
+        return [self._entry(row, bases) for row in rows if row["kind"] != "base" or row["id"] in bases]
 
     def path_in_home(self, entry: Entry) -> str | None:
         """Where the entry's own folder lies, an adapter's for an adapter; None for a base model outside of home."""

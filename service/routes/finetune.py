@@ -149,12 +149,11 @@ def _check_model(services: Services, name: str) -> None:
 
 
 def _answers(services: Services, jobs: Iterable[Job]) -> list[JobAnswer]:
-    entries = services.registry.entries()
     queued = services.store.with_status("queued")
     return [
         job_answer(
             job,
-            checkpoints=[entry.id for entry in entries if entry.job_id == job.id],
+            checkpoints=[entry.id for entry in services.registry.of_job(job.id)],
             queue_position=queue_position(job, queued) if job.status == "queued" else None,
         )
         for job in jobs
