@@ -11,6 +11,7 @@ import torch
 from lm.cache import KVCache
 from lm.config import load_config
 from lm.device import DeviceChoice, DtypeChoice, choose_dtype, memory_figures, peak_bandwidth, resolve_device
+from lm.errors import UserError
 from lm.ops import choose_ops
 from service.engine.blocks import BlockPool
 from service.engine.core import Engine, Parts
@@ -45,7 +46,7 @@ def build_engine(config: EngineConfig, *, wake: Callable[[], None] = lambda: Non
     target = Target(config=load_config(Path(config.base_dir)), device=device.device, dtype=dtype.dtype, ops=ops)
     block_size = HOST_BLOCK_SIZE if device.device.type == "cpu" else BLOCK_SIZE
     plan = _plan_pool(config, target, block_size)
-    cache = KVCache.allocate(target.config, plan.num_blocks, block_size, device.device, dtype.dtype)
+    cache = _allocate(target, plan, block_size)
     limits = {"max_num_seqs": config.max_num_seqs, "prefill_chunk": config.prefill_chunk}
     parts = Parts(
         ready=_describe(config, device, dtype, variants, plan, block_size),
@@ -73,6 +74,13 @@ def _plan_pool(config: EngineConfig, target: Target, block_size: int) -> PoolPla
         block_bytes=block_size * target.kv_token_bytes,
         budget=budget,
     )
+
+
+def _allocate(target: Target, plan: PoolPlan, block_size: int) -> KVCache:
+    try:
+        return KVCache.allocate(target.config, plan.num_blocks, block_size, target.device, target.dtype)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise UserError(f"kv_cache_memory: {plan.reason}: {error}; lower it", param="kv_cache_memory") from error
 
 
 def _describe(

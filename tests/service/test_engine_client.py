@@ -172,6 +172,25 @@ def test_a_killed_engine_fails_what_runs_at_once_and_comes_back(tiny: Path) -> N
     asyncio.run(check())
 
 
+def test_an_engine_that_is_killed_while_it_starts_is_started_again(tiny: Path) -> None:
+    async def check() -> None:
+        client = EngineClient(tiny_engine_config(tiny), on_ready=greet, on_stats=lambda stats: None)
+        start = asyncio.create_task(client.start())
+        await until(lambda: client.pid is not None)
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        await start
+        assert client.state == "dead"
+        await until(lambda: client.state == "ready", 60)
+        assert client.restarts == 1
+        await client.stop()
+
+    async def greet(ready: EngineReady) -> None:
+        return
+
+    asyncio.run(check())
+
+
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [

@@ -35,3 +35,8 @@ def test_what_was_chosen_is_told(tiny: Path, caplog: pytest.LogCaptureFixture) -
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no config\.json"):
         build_engine(tiny_engine_config(tmp_path))
+
+
+def test_a_pool_beyond_the_machine_is_refused(tiny: Path) -> None:
+    with pytest.raises(UserError, match=r"kv_cache_memory: 1152921504.61 GB .*; lower it"):
+        build_engine(tiny_engine_config(tiny, kv_cache_bytes=1 << 60))
