@@ -12,6 +12,8 @@ FIGURES = pytest.StashKey[list[tuple[str, str]]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[FIGURES] = []
+    # Before a test imports torch: threads that spin stall each other where tests run beside something else
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture
