@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
+from weakref import WeakValueDictionary
 
 from lm.errors import NotFoundError
 from service.database import Database
@@ -26,7 +27,7 @@ JobEvent = dict[str, Any]
 class JobStore:
     def __init__(self, database: Database) -> None:
         self.database = database
-        self._changed: dict[str, asyncio.Event] = {}
+        self._changed: WeakValueDictionary[str, asyncio.Event] = WeakValueDictionary()
 
     def create(
         self,

@@ -140,9 +140,10 @@ class Supervisor:
             trainer = self._launch(job)
         except UserError as error:
             self._end(job.id, "failed", JobError(code="invalid_config", message=str(error), param=error.param))
-        except OSError as error:
+        except Exception as error:
             logger.exception("job %s could not be started", job.id)
-            message = f"the trainer could not be started: {error.strerror}"
+            reason = error.strerror if isinstance(error, OSError) else "the log of the service has the reason"
+            message = f"the trainer could not be started: {reason}"
             self._end(job.id, "failed", JobError(code="internal_error", message=message))
         else:
             self.store.record(job.id, pid=trainer.pid)

@@ -9,7 +9,7 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from service.jobs.job import Job
 from service.jobs.promotion import Promoter
 from service.jobs.store import JobStore
 from service.jobs.supervisor import Supervisor
+from service.jobs.trainer_process import TRAINER
 from service.metrics import Metrics
 from service.registry import Registry
 from service.serving import Serving
@@ -78,21 +79,21 @@ class Bench:
         return await self.until(job, lambda now: now.progress.step is not None)
 
 
-def make_bench(home: Path, **settings: Any) -> Bench:
+def make_bench(home: Path, *, command: Sequence[str] = TRAINER, **settings: Any) -> Bench:
     chosen = Settings(home=home, model=MODEL, cancel_grace_seconds=20, **settings)
     database = Database(chosen.database)
     store, metrics, engine = JobStore(database), Metrics(MODEL), StubEngine()
     registry = Registry(database, home=home, organization="tuneserve")
     serving = Serving(engine, registry, chosen, metrics)
     promoter = Promoter(store, registry, serving)
-    supervisor = Supervisor(store, promoter, chosen, metrics)
+    supervisor = Supervisor(store, promoter, chosen, metrics, command=command)
     return Bench(chosen, database, store, registry, engine, serving, promoter, metrics, supervisor)
 
 
 @asynccontextmanager
-async def running_bench(home: Path, **settings: Any) -> AsyncIterator[Bench]:
+async def running_bench(home: Path, **options: Any) -> AsyncIterator[Bench]:
     """A bench that serves, and has taken up its jobs; at the end it is stopped as a service is."""
-    bench = make_bench(home, **settings)
+    bench = make_bench(home, **options)
     await bench.serving.on_engine_ready(READY)
     await bench.supervisor.start()
     try:

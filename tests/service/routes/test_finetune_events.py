@@ -48,6 +48,7 @@ def test_a_stream_begins_behind_the_event_it_names(store: JobStore, job: Job) ->
         store.record(job.id, [{"type": "step"}, {"type": "failed"}], status="failed")
         assert [item.split(b"\n")[0] async for item in follow(store, job.id, after=1)] == [b"id: 2", b"id: 3"]
         assert [item async for item in follow(store, job.id, after=3)] == []
+        assert not store._changed  # nothing is kept for followers that have gone
 
     asyncio.run(work())
 
