@@ -162,8 +162,7 @@ class EngineClient:
 
     def _running_process(self) -> EngineProcess:
         if self._process is None or self.ready is None:
-            reason = f": {self.failure}" if self.failure else ""
-            raise EngineUnavailable(f"the engine is {self.state}{reason}")
+            raise EngineUnavailable(f"the engine is {self.state}")
         return self._process
 
     def _abort(self, request_id: str) -> None:
