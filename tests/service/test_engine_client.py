@@ -6,8 +6,10 @@ import asyncio
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,45 @@ async def cancel(stream: TokenStream) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+@pytest.mark.parametrize("swap", ["overlap", "drain"])
+def test_swaps_under_load_lose_no_request(tiny: Path, other_tiny: Path, swap: str) -> None:
+    folders = {MODEL: tiny, "new": other_tiny}
+    driver = Driver(tiny_engine_config(tiny))
+    for name, folder in folders.items():
+        driver.load(folder, name)
+    expected = {name: driver.generate(PROMPT, name, max_tokens=40) for name in folders}
+    served, is_over, answered = MODEL, False, Counter[str]()
+
+    def has_answered(count: int) -> bool:
+        return answered.total() >= count
+
+    async def ask(client: EngineClient, number: int) -> None:
+        count = 0
+        while not is_over:
+            count, model = count + 1, served
+            try:
+                tokens = await collect(client.submit(request(f"{number}-{count}", PROMPT, model, max_tokens=40)))
+            except ModelUnavailable:
+                continue  # as the service does: it asks again what is served
+            assert tokens == expected[model]
+            answered[model] += 1
+
+    async def check() -> None:
+        nonlocal served, is_over
+        async with running(tiny_engine_config(tiny, swap=swap, max_num_seqs=3)) as (client, _):
+            clients = [asyncio.create_task(ask(client, number)) for number in range(6)]
+            for name in ["new", MODEL] * 3:
+                await until(partial(has_answered, answered.total() + 4))
+                command = LoadModel(model_id=name, base_dir=str(folders[name]), replaces=served)
+                assert (await client.load_model(command)).mode == swap
+                served = name
+            is_over = True
+            await asyncio.gather(*clients)
+
+    asyncio.run(check())
+    assert set(answered) == set(folders)
 
 
 def test_a_killed_engine_fails_what_runs_at_once_and_comes_back(tiny: Path) -> None:
