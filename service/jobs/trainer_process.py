@@ -1,4 +1,4 @@
-"""A trainer as a process: started in its own session, or adopted from an earlier service process.
+"""A trainer as a process: started in its own group, or adopted from an earlier service process.
 
 Liveness is a lock, not a pid. The lock file `alive` in the run folder is opened by us, locked, and inherited by the
 trainer, so that the kernel frees it at any death of the trainer and at no death of ours.
@@ -43,7 +43,7 @@ class TrainerProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=trainer_environment(),
-                start_new_session=True,
+                process_group=0,  # no session of its own: Linux weighs niceness only within a session (autogroup)
                 pass_fds=(lock.fileno(),),
             )
         if nice:
