@@ -214,7 +214,7 @@ class Generator:
                         if answer.finish_reason is not None and output.finish_reason is None:
                             answer.timing = await outputs.abort()  # a stop string: the engine does not know it
             except ModelUnavailable:
-                self.serving.forget(entry)
+                await self.serving.forget(entry)
                 continue
             return
         raise unavailable("the model left the engine again and again while this request waited")

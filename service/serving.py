@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
+from contextlib import suppress
 from typing import Protocol
 
 from lm.errors import NotFoundError
@@ -93,19 +94,20 @@ class Serving:
         unknown name, ApiError 503 while there is nothing to answer with.
         """
         entry = self._resolve(model)
-        while entry.id not in self._loaded:
-            # Shielded: a load goes on in the engine when its client leaves, and must be written down here
-            entry = await asyncio.shield(asyncio.create_task(self._load_on_request(model)))
+        if entry.id not in self._loaded:
+            async with self._lock:
+                entry = self._resolve(model)  # what is served may have changed meanwhile
+                if entry.id not in self._loaded:
+                    await self._load_on_request(entry)
         self._loaded[entry.id] = self._loaded.pop(entry.id)  # the most recently used one now
         return entry
 
-    def forget(self, entry: Entry) -> None:
-        """The engine says that it does not hold this entry; the next request for it loads it again.
-
-        While a swap is under way, the swap itself says what is loaded afterwards.
-        """
-        if not self._lock.locked():
-            self._loaded.pop(entry.id, None)
+    async def forget(self, entry: Entry) -> None:
+        """The engine says that it does not hold this entry. Once this returns, `acquire` knows what it holds."""
+        if self._lock.locked():
+            async with self._lock:  # the load that is under way has taken its place
+                return
+        self._loaded.pop(entry.id, None)
 
     def _resolve(self, model: str | None) -> Entry:
         if self.served is None or self.engine.ready is None:
@@ -132,15 +134,17 @@ class Serving:
                 param="model",
             )
 
-    async def _load_on_request(self, model: str | None) -> Entry:
-        async with self._lock:
-            entry = self._resolve(model)  # what is served may have changed meanwhile
-            if entry.id not in self._loaded:
-                try:
-                    await self._load(entry, replaces=self._idle_for(entry))
-                except (ModelLoadError, EngineUnavailable) as error:
-                    raise unavailable(f"{entry.id} could not be loaded: {error}", retry_after=60) from error
-            return entry
+    async def _load_on_request(self, entry: Entry) -> None:
+        """To its end, also when the client leaves: the engine goes on, and what it holds must be written down."""
+        load = asyncio.create_task(self._load(entry, replaces=self._idle_for(entry)))
+        try:
+            await asyncio.shield(load)
+        except asyncio.CancelledError:
+            with suppress(ModelLoadError, EngineUnavailable):
+                await asyncio.shield(load)
+            raise
+        except (ModelLoadError, EngineUnavailable) as error:
+            raise unavailable(f"{entry.id} could not be loaded: {error}", retry_after=60) from error
 
     def _idle_for(self, entry: Entry) -> str | None:
         """Which entry makes room: none, or the least recently used one that is not served. Raises ApiError 503."""

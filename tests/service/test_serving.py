@@ -318,14 +318,14 @@ def test_weights_that_the_engine_lost_are_loaded_again_for_the_next_request(
         serving = await started(make_serving(max_loaded_models=1))
         await serving.promote(checkpoints[0].id, "test")
         engine.held.clear()
-        serving.forget(checkpoints[0])
+        await serving.forget(checkpoints[0])
         assert (await serving.acquire(None)).id == checkpoints[0].id
         assert engine.held == [checkpoints[0].id]
 
     asyncio.run(run())
 
 
-def test_during_a_swap_it_is_the_swap_that_says_what_is_loaded(
+def test_a_request_that_a_swap_left_without_weights_waits_until_the_swap_is_over(
     make_serving: Callable[..., Serving], checkpoints: list[Entry]
 ) -> None:
     async def run() -> None:
@@ -333,10 +333,10 @@ def test_during_a_swap_it_is_the_swap_that_says_what_is_loaded(
         swap = asyncio.create_task(serving.promote(checkpoints[0].id, "test"))
         await asyncio.sleep(0)
         assert serving.served is not None
-        serving.forget(serving.served)
-        assert serving.loaded == ("tiny",)
-        await swap
+        await serving.forget(serving.served)
         assert serving.loaded == (checkpoints[0].id,)
+        assert (await serving.acquire(None)).id == checkpoints[0].id
+        await swap
 
     asyncio.run(run())
 
