@@ -25,7 +25,7 @@ SMALL_BYTES = 4 << 20
 
 
 def are_small(files: Iterable[DataFile]) -> bool:
-    return sum(path.stat().st_size for path, _ in files) <= SMALL_BYTES
+    return sum(path.stat().st_size for path, _ in files if path.exists()) <= SMALL_BYTES
 
 
 async def check_files_aside(files: Sequence[DataFile], *, param: str) -> None:

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from lm.errors import UserError
+from service.jobs.checking import SMALL_BYTES, check_files_aside
+
+GOOD = '{"input": "a", "output": "b"}\n'
+
+
+@pytest.mark.parametrize("size", [0, SMALL_BYTES + 1], ids=["small", "large"])
+def test_a_file_that_cannot_be_read_is_a_mistake_with_its_name(tmp_path: Path, size: int) -> None:
+    """As when it is deleted, or closed to the service, between the request and the check."""
+    first = tmp_path / "first.jsonl"
+    first.write_text(GOOD * (1 + size // len(GOOD)))
+    files = [(first, "first.jsonl"), (tmp_path / "gone.jsonl", "sub/gone.jsonl")]
+    with pytest.raises(UserError, match=r"^data: cannot read the data file sub/gone\.jsonl: No such") as error:
+        asyncio.run(check_files_aside(files, param="data"))
+    assert error.value.param == "data"
