@@ -17,11 +17,15 @@ class Admission:
     draining: bool = False
     """Set when the service was asked to stop: what is active goes on, nothing new starts."""
 
+    def refuse_while_draining(self) -> None:
+        """Raises ApiError 503 once the service was asked to stop."""
+        if self.draining:
+            raise unavailable("the service is stopping and takes no new requests", retry_after=5)
+
     @contextmanager
     def enter(self, num_answers: int) -> Iterator[None]:
         """Hold places for the answers of one request. Raises ApiError 503 while draining, 429 when it is full."""
-        if self.draining:
-            raise unavailable("the service is stopping and takes no new requests", retry_after=5)
+        self.refuse_while_draining()
         if self.active and self.active + num_answers > self.limit:
             raise ApiError(
                 429,

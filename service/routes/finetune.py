@@ -33,6 +33,7 @@ EventId = Annotated[int, Query(ge=0, le=2**53)]
 @router.post("", status_code=202)
 async def create_job(request: FinetuneRequest, services: ServicesDep) -> JobAnswer:
     """Start fine-tuning. Only `model` and `dataset` are required. Watch GET /finetune/{id}."""
+    services.admission.refuse_while_draining()
     _check_model(services, request.model)
     job_id = new_id("ftjob-")
     data = await take_dataset(request.dataset, job_id=job_id, settings=services.settings, files=services.files)

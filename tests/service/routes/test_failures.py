@@ -138,7 +138,8 @@ def test_a_full_service_says_try_again(own_api: Api) -> None:
 
 def test_a_draining_service_takes_nothing_new(own_api: Api) -> None:
     own_api.services.admission.draining = True
-    for answer in (own_api.post(*GENERATE), own_api.get("/ready")):
+    job = {"model": "base", "dataset": {"records": [{"input": "a", "output": "b"}]}}
+    for answer in (own_api.post(*GENERATE), own_api.post("/finetune", job), own_api.get("/ready")):
         assert answer.status_code == 503
         assert "stopping" in answer.json()["error"]["message"]
     assert own_api.get("/health").json()["status"] == "draining"
