@@ -2,7 +2,7 @@
 
     final    the last checkpoint, once the job has come to its end (the default)
     best     the one with the lowest validation loss, at the same moment
-    each     every checkpoint as it appears
+    each     every checkpoint as it appears; of several that appear at once, the newest
     manual   none: POST /checkpoints/{id}/activate does it
 A job that fails or is cancelled promotes nothing at its end.
 """
