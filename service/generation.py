@@ -144,7 +144,7 @@ class Generator:
         """The pieces of all answers, as they come. Closing it aborts what is still running.
 
         Raises NotFoundError for an unknown model, and ApiError: 429 or 503 for a service that is full, draining or
-        without an engine, 500 when the engine failed in this request.
+        without an engine, 409 for a model that cannot be loaded; RequestCrashed when the engine failed in this request.
         """
         pieces: Pieces = asyncio.Queue()
         with self.admission.enter(len(answers)):

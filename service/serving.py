@@ -91,7 +91,7 @@ class Serving:
         """The loaded entry that `model` names; send its request without another await in between.
 
         An entry that is not loaded is loaded, and the least recently used one goes. Raises NotFoundError for an
-        unknown name, ApiError 503 while there is nothing to answer with.
+        unknown name, ApiError 503 while there is nothing to answer with, and 409 for weights that cannot be loaded.
         """
         entry = self._resolve(model)
         if entry.id not in self._loaded:
@@ -143,8 +143,10 @@ class Serving:
             with suppress(ModelLoadError, EngineUnavailable):
                 await asyncio.shield(load)
             raise
-        except (ModelLoadError, EngineUnavailable) as error:
-            raise unavailable(f"{entry.id} could not be loaded: {error}", retry_after=60) from error
+        except ModelLoadError as error:
+            raise conflict(f"{entry.id} could not be loaded: {error}", param="model") from error
+        except EngineUnavailable as error:
+            raise unavailable(f"{entry.id} could not be loaded: {error}", retry_after=5) from error
 
     def _idle_for(self, entry: Entry) -> str | None:
         """Which entry makes room: none, or the least recently used one that is not served. Raises ApiError 503."""

@@ -240,6 +240,24 @@ def test_an_entry_is_loaded_on_request_and_the_least_recently_used_one_goes(
     asyncio.run(run())
 
 
+def test_a_broken_entry_that_a_request_names_is_no_reason_to_ask_again(
+    make_serving: Callable[..., Serving], checkpoints: list[Entry], engine: StubEngine
+) -> None:
+    async def run() -> None:
+        serving = await started(make_serving())
+        engine.broken.add(checkpoints[0].id)
+        with pytest.raises(ApiError, match="could not be loaded: missing tensor") as broken:
+            await serving.acquire(checkpoints[0].id)
+        assert (broken.value.status_code, broken.value.param) == (409, "model")
+        assert broken.value.headers == {"x-should-retry": "false"}
+        engine.deadly.add(checkpoints[1].id)
+        with pytest.raises(ApiError, match="the engine died") as dead:
+            await serving.acquire(checkpoints[1].id)
+        assert dead.value.status_code == 503
+
+    asyncio.run(run())
+
+
 def test_with_room_for_one_only_the_served_entry_answers(
     make_serving: Callable[..., Serving], checkpoints: list[Entry], engine: StubEngine
 ) -> None:
