@@ -37,7 +37,7 @@ def home(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(home: Path) -> Iterator[Server]:
-    with running_server(home, f"model={MODEL}", "device=cpu", "dtype=fp32", "swap=overlap") as server:
+    with running_server(home, f"model={MODEL}", "device=cpu", "dtype=fp32", "max_loaded_models=1") as server:
         yield server
 
 
