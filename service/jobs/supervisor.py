@@ -6,13 +6,14 @@ the others wait, first come, first served.
 What a restart finds (`start`): a trainer that still lives is watched on to its end. One that wrote its result is
 brought to its end, with registration and promotion, once. One that is neither is queued again from its beginning, in a
 new run folder, at most `max_job_restarts` times. A graceful `stop` ends the trainers and leaves their jobs to the next
-start in the same way.
+start in the same way. While the database cannot be written, trainers go on, and their jobs wait for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ import yaml
 
 from lm.errors import UserError
 from service.errors import conflict
+from service.jobs import retry
 from service.jobs.checking import check_files_aside
 from service.jobs.job import Job, JobError, Progress, Status
 from service.jobs.policy import outcome, startable
@@ -102,9 +104,9 @@ class Supervisor:
                 self.store.record(job_id, [{"type": "cancelling"}], cancel_requested=True)
             trainer.terminate(self._settings.cancel_grace_seconds)
         else:
+            self._end(job_id, "cancelled", None)
             if job.status == "validating_files":
                 self._tasks[job_id].cancel()
-            self._end(job_id, "cancelled", None)
             self._schedule()
         return self.store.get(job_id)
 
@@ -119,35 +121,40 @@ class Supervisor:
         try:
             await check_files_aside(files, param="dataset.data_files")
         except UserError as error:
-            self._end(job.id, "failed", JobError(code="invalid_training_file", message=str(error), param=error.param))
+            await self._fail(job.id, "invalid_training_file", str(error), error.param)
         else:
             self.store.record(job.id, [{"type": "queued"}], status="queued")
-        self._schedule()
+            self._schedule()
 
     def _schedule(self) -> None:
-        """Start what can be started now."""
-        while not self._stopping and (ready := self._startable()):
-            self._start(ready[0])
-        self._metrics.jobs(self.store.counts())
+        """Start what can be started now; later, should the database not take that now."""
+        if self._stopping:
+            return
+        try:
+            while ready := self._startable():
+                self._start(ready[0])
+            self._metrics.jobs(self.store.counts())
+        except sqlite3.OperationalError as error:
+            logger.error("no job can be started now: %s", error)
+            asyncio.get_running_loop().call_later(retry.RETRY_S, self._schedule)
 
     def _startable(self) -> list[Job]:
         return startable(self.store.with_status("queued"), self.store.with_status("running"))
 
     def _start(self, job: Job) -> None:
-        """Leaves the job running, or failed. It counts as running before there is a process, never after."""
+        """Leaves the job running, or failing. It counts as running before there is a process, never after."""
         self.store.record(job.id, [{"type": "running"}], status="running", started_at=job.started_at or time.time())
         try:
             trainer = self._launch(job)
         except UserError as error:
-            self._end(job.id, "failed", JobError(code="invalid_config", message=str(error), param=error.param))
+            self._spawn(job.id, self._fail, job.id, "invalid_config", str(error), error.param)
         except Exception as error:
             logger.exception("job %s could not be started", job.id)
             reason = error.strerror if isinstance(error, OSError) else "the log of the service has the reason"
-            message = f"the trainer could not be started: {reason}"
-            self._end(job.id, "failed", JobError(code="internal_error", message=message))
+            self._spawn(job.id, self._fail, job.id, "internal_error", f"the trainer could not be started: {reason}")
         else:
-            self.store.record(job.id, pid=trainer.pid)
             self._follow(job, trainer)
+            self.store.record(job.id, pid=trainer.pid)
 
     def _launch(self, job: Job) -> TrainerProcess:
         run = self.run_folder(job)
@@ -168,11 +175,13 @@ class Supervisor:
                 await self._take_events(job_id, trainer.run)
                 if not ended:
                     await asyncio.sleep(POLL_S)
+        except sqlite3.OperationalError:
+            raise  # and here we are again soon; the trainer goes on meanwhile
         except Exception:
             trainer.kill()
+            self._trainers.pop(job_id, None)
             raise
-        finally:
-            del self._trainers[job_id]
+        self._trainers.pop(job_id, None)  # where this is not the first time, it has gone already
         job, result = self.store.get(job_id), trainer.run.read_result()
         if self._stopping and not job.cancel_requested and (result is None or result.status == "cancelled"):
             self._queue_again(job)
@@ -204,6 +213,10 @@ class Supervisor:
             self._metrics.job_step(steps[-1])
         if (new := [event for event in told if "model" in event]) and not job.cancel_requested:
             await self._promoter.during(job, new[-1])
+
+    async def _fail(self, job_id: str, code: str, message: str, param: str | None = None) -> None:
+        self._end(job_id, "failed", JobError(code=code, message=message, param=param))
+        self._schedule()
 
     def _end(self, job_id: str, status: Status, error: JobError | None) -> None:
         job = self.store.get(job_id)
@@ -261,12 +274,11 @@ class Supervisor:
 
         async def guarded() -> None:
             try:
-                await work(*arguments)
+                await retry.until_written(work, *arguments)
             except Exception:
                 logger.exception("job %s failed in the service", job_id)
                 message = "the service failed to run this job; its log has the reason"
-                self._end(job_id, "failed", JobError(code="internal_error", message=message))
-                self._schedule()
+                await retry.until_written(self._fail, job_id, "internal_error", message)
 
         task = self._tasks[job_id] = asyncio.create_task(guarded(), name=job_id)
         task.add_done_callback(lambda done: self._tasks.pop(job_id) if self._tasks.get(job_id) is done else None)

@@ -75,12 +75,12 @@ def test_a_cancelled_job_ends_early_and_promotes_nothing(home: Path) -> None:
 def test_a_job_that_cannot_be_started_fails_and_does_not_block_its_device(home: Path) -> None:
     async def work() -> None:
         async with running_bench(home, command=("/nowhere",)) as bench:
-            job = bench.supervisor.submit(**bench.columns(SHORT))
+            job = await bench.finished(bench.supervisor.submit(**bench.columns(SHORT)))
             assert job.error is not None
             assert (job.status, job.error.code) == ("failed", "internal_error")
             assert "No such file or directory" in job.error.message
         async with running_bench(home, command=("\0",)) as bench:
-            job = bench.supervisor.submit(**bench.columns(SHORT))
+            job = await bench.finished(bench.supervisor.submit(**bench.columns(SHORT)))
             assert job.error is not None
             assert (job.status, job.error.code) == ("failed", "internal_error")
             assert "log of the service" in job.error.message
