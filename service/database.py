@@ -89,7 +89,11 @@ class Database:
     """An open database. Only one process at a time may have it: two supervisors would adopt each other's trainers."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create, and upgrade. Raises UserError when another service uses it, or a newer one wrote it."""
+        """Open or create, and upgrade.
+
+        Raises UserError when another service uses it, when a newer one wrote it, and when it is damaged or cannot be
+        written.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = path.with_suffix(".lock").open("a")
         try:
@@ -103,13 +107,22 @@ class Database:
         self.connection.row_factory = sqlite3.Row
         try:
             self._prepare()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, sqlite3.DatabaseError):
+                raise UserError(
+                    f"the database {path} cannot be used: {error}. See whether its disk is full or read-only; if the "
+                    "file is damaged, move it away to begin with an empty one",
+                    param="home",
+                ) from error
             raise
 
     def _prepare(self) -> None:
-        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON", "busy_timeout = 5000"):
+        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON", "busy_timeout = 500"):
             self.connection.execute(f"PRAGMA {pragma}")
+        (verdict,) = self.connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(verdict.splitlines()[-1])
         (version,) = self.connection.execute("PRAGMA user_version").fetchone()
         if version > len(MIGRATIONS):
             raise UserError(f"the database has version {version}, this service knows {len(MIGRATIONS)}: upgrade it")
@@ -131,10 +144,11 @@ class Database:
         self.connection.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self.connection.execute("COMMIT")
         except BaseException:
-            self.connection.execute("ROLLBACK")
+            if self.connection.in_transaction:  # SQLite takes back by itself what a full disk stops
+                self.connection.execute("ROLLBACK")
             raise
-        self.connection.execute("COMMIT")
 
     def insert(self, table: str, *, unless_there: bool = False, **columns: Any) -> None:
         """Table and column names come from code, never from a request."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,55 @@ def test_a_transaction_is_undone_as_a_whole_also_from_inside_another(tmp_path: P
         insert_twice()
     assert opened.rows("SELECT * FROM files") == []
     opened.close()
+
+
+def test_a_transaction_that_cannot_be_committed_is_undone(tmp_path: Path) -> None:
+    opened = Database(tmp_path / "tuneserve.db")
+    opened.connection.execute("PRAGMA defer_foreign_keys = ON")
+    with pytest.raises(sqlite3.IntegrityError), opened.transaction():
+        opened.insert("promotions", entry_id="nobody", reason="", created_at=1.0)
+    assert not opened.connection.in_transaction
+    assert opened.rows("SELECT * FROM promotions") == []
+    opened.close()
+
+
+def test_a_transaction_that_does_not_fit_is_undone_and_says_so(tmp_path: Path) -> None:
+    opened = Database(tmp_path / "tuneserve.db")
+    opened.connection.execute("PRAGMA max_page_count = 1")  # what it has already, and no more
+
+    def insert_many() -> None:
+        with opened.transaction():
+            for number in range(1000):
+                opened.insert("files", id=f"{number:0100}", filename="a", purpose="b", bytes=1, created_at=1.0)
+
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        insert_many()
+    assert not opened.connection.in_transaction
+    assert opened.rows("SELECT * FROM files") == []
+    opened.close()
+
+
+def _damage_nothing_but_the_header(data: bytes) -> bytes:
+    return b"\0" * 100 + data[100:]
+
+
+def _cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def _damage_pages(data: bytes) -> bytes:
+    return data[: 2 * 4096] + b"\xa5" * (5 * 4096) + data[7 * 4096 :]
+
+
+@pytest.mark.parametrize("damage", [_damage_nothing_but_the_header, _cut, _damage_pages])
+def test_a_damaged_database_is_refused_with_the_mend_and_left_alone(
+    tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / "tuneserve.db"
+    Database(path).close()
+    damaged = damage(path.read_bytes())
+    path.write_bytes(damaged)
+    for _ in range(2):  # the second one: and not "another service is running"
+        with pytest.raises(UserError, match=r"tuneserve\.db cannot be used: .* move it away"):
+            Database(path)
+    assert path.read_bytes() == damaged
