@@ -53,6 +53,14 @@ async def take_dataset(request: DatasetRequest, *, job_id: str, settings: Settin
     return TrainingData(files=relative, file_id=None, is_checked=is_small)
 
 
+def discard_dataset(job_id: str, settings: Settings) -> None:
+    """Remove what `take_dataset` wrote for a job that then was not created."""
+    folder = settings.runs_dir / job_id
+    if folder.is_dir():
+        (folder / INLINE_FILE).unlink(missing_ok=True)
+        folder.rmdir()
+
+
 def find_data_file(data_dir: Path, name: str) -> Path:
     """The file that `name`, relative to the data folder, means. Raises UserError for anything outside of it."""
     try:

@@ -4,12 +4,15 @@ ApiError            an answer with its own status
 UserError           400: a mistake that the message names, with its mend
 NotFoundError       404
 RequestValidationError (what FastAPI would answer with 422)    400
+a disk that is full or read-only, a database that is locked    503
 anything else       500 without details; the log has them
 """
 
 from __future__ import annotations
 
+import errno
 import logging
+import sqlite3
 from reprlib import Repr
 from typing import Any
 
@@ -30,6 +33,7 @@ ROUTING_MESSAGES = {
     404: "there is no {method} {path}: see /docs for the routes that exist",
     405: "{path} does not take {method}: see /docs for the methods that it takes",
 }
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class ErrorDetail(BaseModel):
@@ -89,6 +93,11 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(404, str(error), param=error.param, code="model_not_found" if error.param == "model" else None)
     if isinstance(error, UserError):
         return ApiError(400, str(error), param=error.param)
+    if (reason := _storage_problem(error)) is not None:
+        logger.error("nothing can be stored: %s", reason)
+        return unavailable(
+            f"the service cannot store anything now: {reason}; its operator must mend that", retry_after=60
+        )
     logger.error("unexpected error in a request", exc_info=error)
     return ApiError(500, "the server failed to answer this request; its log has the reason")
 
@@ -99,6 +108,9 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def answer_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        cause = error.__cause__
+        if isinstance(cause, OSError) and _storage_problem(cause) is not None:  # met while the body was received
+            return error_response(request, as_api_error(cause))
         return error_response(request, error if isinstance(error, ApiError) else _plain_http_error(request, error))
 
     async def answer_validation(request: Request, error: Exception) -> Response:
@@ -106,9 +118,18 @@ def install_error_handlers(app: FastAPI) -> None:
         return error_response(request, _validation_error(request, error))
 
     app.add_exception_handler(UserError, answer)
+    app.add_exception_handler(OSError, answer)
+    app.add_exception_handler(sqlite3.OperationalError, answer)
     app.add_exception_handler(Exception, answer)
     app.add_exception_handler(RequestValidationError, answer_validation)
     app.add_exception_handler(HTTPException, answer_http)
+
+
+def _storage_problem(error: Exception) -> str | None:
+    """Why nothing can be written now, where that is what `error` says."""
+    if isinstance(error, sqlite3.OperationalError):
+        return str(error)
+    return error.strerror if isinstance(error, OSError) and error.errno in DISK_ERRORS else None
 
 
 def error_response(request: Request, error: ApiError) -> Response:

@@ -71,8 +71,12 @@ class FileStore:
             bytes=copy.stat().st_size,
             created_at=time.time(),
         )
-        copy.rename(self.path(stored.id))
-        self.database.insert("files", **asdict(stored))
+        final = copy.rename(self.path(stored.id))
+        try:
+            self.database.insert("files", **asdict(stored))
+        except BaseException:
+            final.unlink()
+            raise
         return stored
 
     def get(self, file_id: str, *, param: str = "file_id") -> StoredFile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncGenerator, Iterable
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from lm.config import load_config
 from lm.errors import UserError
-from service.datasets import take_dataset
+from service.datasets import discard_dataset, take_dataset
 from service.jobs.job import Job, new_id
 from service.jobs.policy import queue_position
 from service.jobs.store import JobEvent, JobStore
@@ -36,17 +37,21 @@ async def create_job(request: FinetuneRequest, services: ServicesDep) -> JobAnsw
     services.admission.refuse_while_draining()
     _check_model(services, request.model)
     job_id = new_id("ftjob-")
-    data = await take_dataset(request.dataset, job_id=job_id, settings=services.settings, files=services.files)
-    job = services.jobs.submit(
-        job_id=job_id,
-        status="queued" if data.is_checked else "validating_files",
-        model=request.model,
-        options=request.options(),
-        data_files=data.files,
-        file_id=data.file_id,
-        suffix=request.suffix or "",
-        promote=request.promote,
-    )
+    try:
+        data = await take_dataset(request.dataset, job_id=job_id, settings=services.settings, files=services.files)
+        job = services.jobs.submit(
+            job_id=job_id,
+            status="queued" if data.is_checked else "validating_files",
+            model=request.model,
+            options=request.options(),
+            data_files=data.files,
+            file_id=data.file_id,
+            suffix=request.suffix or "",
+            promote=request.promote,
+        )
+    except (OSError, sqlite3.OperationalError):
+        discard_dataset(job_id, services.settings)
+        raise
     return _answers(services, [job])[0]
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import sqlite3
 
 import pytest
 
@@ -19,6 +21,10 @@ JSON = {"content-type": "application/json"}
      (ApiError(503, "loading"), 503, "unavailable_error", None, None),
      (ApiError(429, "full", code="overloaded"), 429, "rate_limit_error", None, "overloaded"),
      (conflict("done already"), 409, "invalid_request_error", None, None),
+     (OSError(errno.ENOSPC, "No space left", "secret"), 503, "unavailable_error", None, None),
+     (OSError(errno.EROFS, "Read-only file system", "secret"), 503, "unavailable_error", None, None),
+     (sqlite3.OperationalError("database is locked"), 503, "unavailable_error", None, None),
+     (OSError(errno.EIO, "secret"), 500, "server_error", None, None),
      (RuntimeError("secret /path"), 500, "server_error", None, None)],
 )  # fmt: skip
 def test_an_error_has_its_status_type_param_and_code(
