@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -94,6 +95,11 @@ class RunFolder:
 
     def write_result(self, result: RunResult) -> None:
         write_atomic(self.result, json.dumps(asdict(result), ensure_ascii=False, indent=2).encode())
+
+    def remove_unfinished(self) -> None:
+        """Remove the checkpoint that a killed trainer was writing. Only once the trainer is dead."""
+        for path in (*self.adapters.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
+            shutil.rmtree(path, ignore_errors=True)
 
     def log_tail(self, num_lines: int = 20, max_bytes: int = 16_384) -> str:
         """The last lines of the log. A progress bar's redrawn states count as one line."""

@@ -131,15 +131,12 @@ class Supervisor:
         if self._stopping:
             return
         try:
-            while ready := self._startable():
+            while ready := startable(self.store.with_status("queued"), self.store.with_status("running")):
                 self._start(ready[0])
             self._metrics.jobs(self.store.counts())
         except sqlite3.OperationalError as error:
             logger.error("no job can be started now: %s", error)
             asyncio.get_running_loop().call_later(retry.RETRY_S, self._schedule)
-
-    def _startable(self) -> list[Job]:
-        return startable(self.store.with_status("queued"), self.store.with_status("running"))
 
     def _start(self, job: Job) -> None:
         """Leaves the job running, or failing. It counts as running before there is a process, never after."""
@@ -175,6 +172,7 @@ class Supervisor:
                 await self._take_events(job_id, trainer.run)
                 if not ended:
                     await asyncio.sleep(POLL_S)
+            await asyncio.to_thread(trainer.run.remove_unfinished)
         except sqlite3.OperationalError:
             raise  # and here we are again soon; the trainer goes on meanwhile
         except Exception:
@@ -192,6 +190,8 @@ class Supervisor:
             cancel_requested=job.cancel_requested,
             log_tail=trainer.run.log_tail(),
         )
+        if status == "succeeded" and not trainer.run.events.exists():
+            status, error = "failed", JobError(code="internal_error", message="its run folder was removed while it ran")
         if status == "succeeded":
             await self._promoter.at_end(job)
         self._end(job_id, status, error)
@@ -249,6 +249,7 @@ class Supervisor:
         elif job.cancel_requested or (result is not None and result.status != "cancelled"):
             self._follow(job, trainer)
         else:
+            run.remove_unfinished()
             self._queue_again(job)
 
     def _queue_again(self, job: Job) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lm.folder import publish
 from trainer.run_folder import RunFolder, RunResult
 
 HOLDER = """
@@ -59,3 +60,17 @@ def test_the_log_tail_shows_the_last_state_of_a_progress_bar(tmp_path: Path) -> 
     run.log.write_bytes(b"one\n\nstep 1\rstep 2\rstep 3\nKilled\n")
     assert run.log_tail() == "one\nstep 3\nKilled"
     assert run.log_tail(num_lines=1) == "Killed"
+
+
+def test_what_a_killed_trainer_was_writing_goes_and_what_is_complete_stays(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.remove_unfinished()  # of a run that came to no checkpoint
+    with publish(run.adapters / "step_1") as folder:
+        (folder / "adapter").write_bytes(b"whole")
+    for parent in (run.adapters, run.checkpoints):
+        half = parent / ".step_2.abcd.tmp"
+        half.mkdir(parents=True)
+        (half / "adapter").write_bytes(b"ha")
+    run.remove_unfinished()
+    assert [path.name for path in run.adapters.iterdir()] == ["step_1"]
+    assert [*run.checkpoints.iterdir()] == []

@@ -51,7 +51,7 @@ def test_a_job_that_ends_meanwhile_is_written_down_later_and_the_next_one_starts
             first, second = await bench.finished(first), await bench.finished(second)
             assert (first.status, second.status) == ("succeeded", "succeeded")
             steps = bench.store.events(first.id, types=("step",))
-            assert [step["step"] for step in steps] == [*range(1, 101)]
+            assert [step["step"] for step in steps] == [*range(1, steps[0]["total_steps"] + 1)]
             assert bench.types(first)[-2:] == ["promoted", "succeeded"]
             assert bench.types(first).count("succeeded") == 1
 

@@ -88,6 +88,33 @@ def test_a_job_that_cannot_be_started_fails_and_does_not_block_its_device(home: 
     run(work())
 
 
+def test_what_a_killed_trainer_was_writing_does_not_stay_on_the_disk(home: Path) -> None:
+    async def work() -> None:
+        async with running_bench(home) as bench:
+            job = await bench.training(bench.supervisor.submit(**bench.columns(LONG)))
+            half = bench.supervisor.run_folder(job).checkpoints / ".step_2.abcd.tmp"
+            half.mkdir(parents=True)
+            assert job.pid is not None
+            os.kill(job.pid, signal.SIGKILL)
+            assert (await bench.finished(job)).status == "failed"
+            assert not half.exists()
+
+    run(work())
+
+
+def test_a_run_whose_folder_was_removed_has_not_succeeded(home: Path) -> None:
+    async def work() -> None:
+        async with running_bench(home) as bench:
+            job = await bench.training(bench.supervisor.submit(**bench.columns(SHORT | {"epochs": 50})))
+            shutil.rmtree(bench.supervisor.run_folder(job).path)
+            job = await bench.finished(job)
+            assert job.error is not None
+            assert job.status == "failed"
+            assert bench.registry.promotions("tiny") == []
+
+    run(work())
+
+
 def test_what_the_trainer_refuses_is_the_reason_of_the_failure(home: Path) -> None:
     async def work() -> None:
         async with running_bench(home) as bench:
