@@ -58,8 +58,8 @@ class TrainingOptions(Strict):
     """Passes over the dataset."""
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 4
     """Records per forward pass."""
-    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Batches per optimizer step. Gradients are weighted by trained tokens, so 8 x 1 = 4 x 2."""
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1024)] = 2
+    """Batches per optimizer step. Gradients are weighted by trained tokens, so 8 x 1 = 4 x 2; more batches pad less."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Stop after this many optimizer steps, whatever `epochs` says."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -71,7 +71,7 @@ class TrainingOptions(Strict):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are scaled down to this global norm; null switches it off."""
     max_seq_len: Annotated[int, Field(ge=8, le=1_048_576)] = 1024
-    """Longer records are cut at this many tokens, and counted in the dataset report."""
+    """Longer records are cut at this many tokens, or at the model's context, and counted in the dataset report."""
     train_on_input: bool = False
     """Train on the prompt as well as on the answer."""
     validation_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0

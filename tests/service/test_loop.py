@@ -21,7 +21,14 @@ from tests.support.server import Server, running_server
 from tests.support.tiny import make_tiny_llama
 
 ARGUMENTS = ("model=tiny", "device=cpu", "dtype=fp32", "num_threads=1")
-QUICK = {"epochs": 2, "batch_size": 8, "learning_rate": 0.01, "dtype": "fp32", "device": "cpu"}
+QUICK = {
+    "epochs": 2,
+    "batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0.01,
+    "dtype": "fp32",
+    "device": "cpu",
+}
 ENDLESS = QUICK | {"epochs": 1000, "save_every_n_steps": 1_000_000}
 TEACHING = QUICK | {"recipe": "full", "epochs": 12, "learning_rate": 0.02, "save_every_n_steps": 12}
 QUESTION = {"messages": [{"role": "user", "content": RECORDS[0]["input"]}], "max_tokens": 9}

@@ -30,7 +30,14 @@ from tests.support.stub_engine import READY, StubEngine
 from trainer.config import TrainingOptions
 
 MODEL = "tiny"
-SHORT = {"device": "cpu", "dtype": "fp32", "epochs": 2, "batch_size": 8, "learning_rate": 0.01}
+SHORT = {
+    "device": "cpu",
+    "dtype": "fp32",
+    "epochs": 2,
+    "batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0.01,
+}
 """Four steps, two checkpoints."""
 LONG = SHORT | {"epochs": 1000, "save_every_n_steps": 100_000}
 

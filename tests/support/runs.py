@@ -21,11 +21,12 @@ RECORDS: list[dict[str, Any]] = [
 
 
 def make_run(folder: Path, model: Path, *, records: list[dict[str, Any]] | None = None, **options: Any) -> RunFolder:
-    """A run folder with RECORDS (or `records`) as its data. Device and precision are cpu and fp32 unless given."""
+    """A run folder with RECORDS (or `records`) as its data. Unless given: cpu, fp32, a step for each batch of 4."""
     folder.mkdir(parents=True)
     data = folder / "data.json"
     data.write_text(json.dumps(RECORDS if records is None else records, ensure_ascii=False), encoding="utf-8")
-    config = {"model": str(model), "data_files": [str(data)], "device": "cpu", "dtype": "fp32", **options}
+    defaults = {"device": "cpu", "dtype": "fp32", "batch_size": 4, "gradient_accumulation_steps": 1}
+    config = {"model": str(model), "data_files": [str(data)], **defaults, **options}
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     return RunFolder(folder)
 
