@@ -70,12 +70,12 @@ def serve(engine: Engine, channel: Channel) -> None:
 
 
 def _first_command(channel: Channel) -> EngineConfig | None:
-    """None when the other side went before it said anything."""
+    """None when the other side went before it said anything, or has asked for the end already."""
     while (commands := channel.receive(wait=True)) is not None:
         if commands:
-            (config,) = commands  # the client sends nothing else before EngineReady
+            config, *rest = commands  # the client sends nothing but Shutdown before EngineReady
             assert isinstance(config, EngineConfig)
-            return config
+            return None if rest else config
     return None
 
 
