@@ -105,5 +105,6 @@ class _Server(uvicorn.Server):
     async def _drained(self, until: float) -> bool:
         if self._services.admission.active and time.monotonic() < until:
             return False
+        self._services.store.release_followers()
         await self._services.engine.stop()
         return True

@@ -28,6 +28,8 @@ class JobStore:
     def __init__(self, database: Database) -> None:
         self.database = database
         self._changed: WeakValueDictionary[str, asyncio.Event] = WeakValueDictionary()
+        self.is_closing = False
+        """Set by `release_followers`."""
 
     def create(
         self,
@@ -139,6 +141,12 @@ class JobStore:
     def changed(self, job_id: str) -> asyncio.Event:
         """An event that is set at the next change of the job. Take it before reading what it shall follow."""
         return self._changed.setdefault(job_id, asyncio.Event())
+
+    def release_followers(self) -> None:
+        """Wake everybody who follows a job, for good: the service ends."""
+        self.is_closing = True
+        for changed in list(self._changed.values()):
+            changed.set()
 
 
 def _column(value: Any) -> Any:

@@ -122,7 +122,10 @@ async def job_logs(
 
 
 async def follow(store: JobStore, job_id: str, *, after: int) -> AsyncGenerator[bytes]:
-    """The events of a job as server-sent events, until its last one; comments keep a silent connection alive."""
+    """The events of a job as server-sent events, until its last one, or until the service stops.
+
+    Comments keep a silent connection alive.
+    """
     while True:
         changed = store.changed(job_id)  # before reading: what comes in between sets it
         events = store.events(job_id, after=after, limit=EVENT_BATCH)
@@ -131,7 +134,7 @@ async def follow(store: JobStore, job_id: str, *, after: int) -> AsyncGenerator[
             after = event["id"]
         if events:
             continue
-        if store.get(job_id).finished:
+        if store.get(job_id).finished or store.is_closing:
             return
         try:
             async with asyncio.timeout(HEARTBEAT_S):

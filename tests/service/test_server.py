@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from service.server import LAST_BYTES_S
+from tests.support.runs import RECORDS
 from tests.support.server import Server, running_server
 from tests.support.tiny import make_tiny_llama
 
@@ -89,6 +91,23 @@ def test_a_second_signal_ends_the_waiting(home: Path) -> None:
         *_, before_last, _ = events
         assert before_last["choices"][0]["finish_reason"] == "abort"
         assert server.process.wait(20) == 0
+
+
+def test_who_follows_a_job_is_let_go_at_once_and_without_an_error_in_the_log(tmp_path: Path) -> None:
+    make_tiny_llama(tmp_path / "models" / "tiny")
+    body = {"model": "tiny", "dataset": {"records": RECORDS}, "device": "cpu", "epochs": 1000}
+    with running(tmp_path) as server:
+        job = httpx.post(f"{server.url}/finetune", json=body).json()["id"]
+        with httpx.stream("GET", f"{server.url}/finetune/{job}/events?stream=true", timeout=60) as answer:
+            lines = answer.iter_lines()
+            assert next(lines) == ": events of a job"
+            server.process.send_signal(signal.SIGTERM)
+            begin = time.monotonic()
+            *_, last = lines
+            assert last == ""  # a whole event, and the regular end of the body
+            assert time.monotonic() - begin < LAST_BYTES_S
+        assert server.process.wait(60) == 0
+    assert not [line for line in server.log if "ERROR" in line or "Traceback" in line]
 
 
 def test_a_killed_engine_fails_what_runs_and_comes_back(home: Path) -> None:

@@ -64,6 +64,18 @@ def test_a_silent_job_is_kept_alive_by_comments(store: JobStore, job: Job, monke
     asyncio.run(work())
 
 
+def test_the_end_of_the_service_ends_a_stream_after_what_happened_until_then(store: JobStore, job: Job) -> None:
+    async def work() -> None:
+        events = follow(store, job.id, after=1)
+        store.record(job.id, [{"type": "step"}])
+        asyncio.get_running_loop().call_later(0.05, store.release_followers)
+        assert (await next_of(events)).startswith("id: 2\nevent: step\n")
+        with pytest.raises(StopAsyncIteration):
+            await next_of(events)
+
+    asyncio.run(work())
+
+
 def test_a_client_that_leaves_ends_its_stream(store: JobStore, job: Job) -> None:
     async def work() -> None:
         left = asyncio.Event()
