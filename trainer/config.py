@@ -6,6 +6,7 @@ Every option is validated and documented here, and nowhere else. HTTP and the co
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -20,7 +21,9 @@ OptionsT = TypeVar("OptionsT", bound=BaseModel)
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-DEFAULT_LEARNING_RATE: dict[Recipe, float] = {"full": 1e-4, "lora": 1e-3}
+DEFAULT_EPOCHS = 3
+DEFAULT_MIN_STEPS = 48
+DEFAULT_LEARNING_RATE: dict[Recipe, float] = {"full": 1e-4, "lora": 5e-4}
 
 
 class Strict(BaseModel):
@@ -54,16 +57,16 @@ class TrainingOptions(Strict):
 
     recipe: Recipe = "lora"
     """`lora` trains a small adapter, `full` every weight."""
-    epochs: Annotated[int, Field(ge=1, le=1000)] = 3
-    """Passes over the dataset."""
+    epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Passes over the dataset. Default: 3, or as many as 48 steps take, since few records need more passes."""
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 4
     """Records per forward pass."""
-    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1024)] = 2
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1024)] = 1
     """Batches per optimizer step. Gradients are weighted by trained tokens, so 8 x 1 = 4 x 2; more batches pad less."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Stop after this many optimizer steps, whatever `epochs` says."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Peak learning rate. Default: 1e-3 for lora, 1e-4 for full."""
+    """Peak learning rate. Default: 5e-4 for lora, 1e-4 for full."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the rate rises linearly; after that it falls along a cosine to 0."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -77,7 +80,8 @@ class TrainingOptions(Strict):
     validation_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of the records that is held out; its loss is measured at every checkpoint."""
     save_every_n_steps: Annotated[int, Field(ge=1)] | None = None
-    """Publish a checkpoint every so many steps, besides the final one. Default: at the end of each epoch."""
+    """Publish a checkpoint every so many steps, besides the final one. Default: at the end of each epoch, or three times
+    in a run whose `epochs` are not given."""
     lora: LoraConfig = LoraConfig()
     """Used by the lora recipe only."""
     enable_activation_checkpointing: bool = False
@@ -92,6 +96,10 @@ class TrainingOptions(Strict):
     @property
     def peak_learning_rate(self) -> float:
         return DEFAULT_LEARNING_RATE[self.recipe] if self.learning_rate is None else self.learning_rate
+
+    def planned_epochs(self, steps_per_epoch: int) -> int:
+        """Passes over a dataset that takes so many optimizer steps for one."""
+        return self.epochs or max(DEFAULT_EPOCHS, math.ceil(DEFAULT_MIN_STEPS / steps_per_epoch))
 
 
 class RunConfig(TrainingOptions):

@@ -47,8 +47,7 @@ class Publisher:
         if needed + SPARE_BYTES > free:
             raise NoDiskSpace(
                 f"the run will publish {num_saves} checkpoints, {needed / 1e9:.2f} GB in all, and there are "
-                f"{free / 1e9:.2f} GB free in {self.folder.path}; raise save_every_n_steps (now "
-                f"{self.config.save_every_n_steps or 'each epoch'}) or free some space"
+                f"{free / 1e9:.2f} GB free in {self.folder.path}; raise save_every_n_steps or free some space"
             )
 
     def publish(self, model: LlamaForCausalLM, step: int, *, final: bool) -> Iterator[tuple[Kind, str]]:

@@ -77,8 +77,11 @@ class FineTuneRecipe:
             batch_size=self.config.batch_size,
             accumulation=self.config.gradient_accumulation_steps,
         )
-        planned = self.config.epochs * self.steps_per_epoch
+        self.epochs = self.config.planned_epochs(self.steps_per_epoch)
+        planned = self.epochs * self.steps_per_epoch
         self.total_steps = min(planned, self.config.max_steps or planned)
+        default_interval = self.steps_per_epoch if self.config.epochs else math.ceil(self.total_steps / 3)
+        self.save_interval = self.config.save_every_n_steps or default_interval
         self.check_cancelled()
         self.model = self._load_model()
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -209,6 +212,7 @@ class FineTuneRecipe:
             device_reason=self.choice.reason,
             dtype=self.precision.name,
             dtype_reason=self.precision.reason,
+            epochs=self.epochs,
             parameters=self.model_config.num_parameters,
             trainable_parameters=sum(parameter.numel() for parameter in self.trained),
         )
@@ -246,7 +250,7 @@ class FineTuneRecipe:
         return torch.autocast(self.device.type, self.precision.dtype)
 
     def _saves(self, step: int) -> bool:
-        return step == self.total_steps or step % (self.config.save_every_n_steps or self.steps_per_epoch) == 0
+        return step == self.total_steps or step % self.save_interval == 0
 
     def _report_step(
         self, epoch: int, batches: list[Batch], loss: float, rate: float, grad_norm: float, seconds: float

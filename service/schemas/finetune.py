@@ -131,7 +131,7 @@ class JobAnswer(Answer):
     suffix: str
     promote: Promote
     config: dict[str, Any]
-    """All training options as they are in effect."""
+    """All training options as they are in effect; `epochs` is null until the data are counted, unless it was given."""
     file_id: str | None
     queue_position: int | None
     """1 is next on its device. Null unless queued."""
@@ -189,7 +189,11 @@ def job_answer(job: Job, *, checkpoints: list[str], queue_position: int | None) 
         recipe=job.options.recipe,
         suffix=job.suffix,
         promote=job.promote,
-        config={**job.options.model_dump(mode="json"), "learning_rate": job.options.peak_learning_rate},
+        config={
+            **job.options.model_dump(mode="json"),
+            "learning_rate": job.options.peak_learning_rate,
+            "epochs": job.options.epochs or started.get("epochs"),
+        },
         file_id=job.file_id,
         queue_position=queue_position,
         attempt=job.attempt,

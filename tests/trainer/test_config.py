@@ -12,7 +12,13 @@ from trainer.config import RunConfig, TrainingOptions, load_run_config, parse_op
 def test_only_the_model_and_the_data_are_required() -> None:
     config = parse_options(RunConfig, {"model": "m", "data_files": ["d.json"]})
     assert config.recipe == "lora"
-    assert config.peak_learning_rate == 1e-3
+    assert config.peak_learning_rate == 5e-4
+
+
+def test_few_records_are_passed_over_more_often_unless_epochs_are_given() -> None:
+    steps = {n: n * TrainingOptions().planned_epochs(n) for n in (1, 5, 16, 22)}
+    assert steps == {1: 48, 5: 50, 16: 48, 22: 66}
+    assert TrainingOptions(epochs=2).planned_epochs(1) == 2
 
 
 @pytest.mark.parametrize(

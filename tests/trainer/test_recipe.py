@@ -133,6 +133,7 @@ def test_metrics_csv_has_the_steps(tmp_path: Path, tiny_llama: Path) -> None:
         ({"epochs": 2, "max_steps": 5}, [4, 5]),
         ({"epochs": 2, "max_steps": 4}, [4]),
         ({"epochs": 1, "max_steps": 100}, [4]),
+        ({}, [16, 32, 48]),
     ],
 )
 def test_a_step_is_saved_once(tmp_path: Path, tiny_llama: Path, options: dict[str, Any], steps: list[int]) -> None:
