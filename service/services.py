@@ -72,7 +72,8 @@ async def running_services(
 ) -> AsyncIterator[Services]:
     """Everything but HTTP. The engine still loads when this yields; `is_ready` says when it is done.
 
-    At the end no process that was started here is left. Raises UserError for a model or a home that cannot be used.
+    At the end no process that was started here is left. A trainer of an earlier service process goes on where this
+    one never came to serve anything: the next start may be a better one. Raises UserError for a model or a home that cannot be used.
     """
     codec = await asyncio.to_thread(load_codec, settings.model_dir)
     with closing(Database(settings.database)) as database:
@@ -81,7 +82,7 @@ async def running_services(
             await services.jobs.start()
             yield services
         finally:
-            await services.jobs.stop()
+            await services.jobs.stop(spare_adopted=services.failure is not None)
             await services.engine.stop()
             services.startup.cancel()
             await asyncio.gather(services.startup, return_exceptions=True)

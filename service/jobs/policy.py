@@ -1,11 +1,13 @@
-"""What the supervisor decides, as plain functions: which job starts next, and how a run ended."""
+"""What the supervisor decides, as plain functions: which job starts next, with what, and how a run ended."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterable
+from pathlib import Path
 
 from service.jobs.job import Job, JobError, Status
+from trainer.config import RunConfig
 from trainer.run_folder import RunResult
 
 
@@ -30,6 +32,16 @@ def may_collide(device: str, other: str) -> bool:
     """Whether two device strings may mean one device. `auto` may be any; `npu` is `npu:0`."""
     first, second = (name if ":" in name or name in ("auto", "cpu") else f"{name}:0" for name in (device, other))
     return first == second or "auto" in (first, second)
+
+
+def run_config(job: Job, *, base: Path, home: Path) -> RunConfig:
+    """What the trainer of a job is told. `base` is the folder of its model."""
+    return RunConfig(
+        **job.options.model_dump(),
+        model=str(base),
+        model_name=job.model,
+        data_files=tuple(str(home / file) for file in job.data_files),
+    )
 
 
 def outcome(

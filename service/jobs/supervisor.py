@@ -25,13 +25,12 @@ from service.errors import conflict
 from service.jobs import retry
 from service.jobs.checking import check_files_aside
 from service.jobs.job import Job, JobError, Progress, Status
-from service.jobs.policy import outcome, startable
+from service.jobs.policy import outcome, run_config, startable
 from service.jobs.promotion import Promoter
 from service.jobs.store import JobStore
 from service.jobs.trainer_process import TRAINER, TrainerProcess, is_alive
 from service.metrics import Metrics
 from service.settings import Settings
-from trainer.config import RunConfig
 from trainer.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -68,13 +67,14 @@ class Supervisor:
             self._spawn(job.id, self._check, job)
         self._schedule()
 
-    async def stop(self) -> None:
-        """End every trainer. Jobs that they did not finish are queued again."""
+    async def stop(self, *, spare_adopted: bool = False) -> None:
+        """End every trainer, or only those that were started here. Jobs that they did not finish are queued again."""
         self._stopping = True
-        for trainer in self._trainers.values():
+        ending = {name: t for name, t in self._trainers.items() if not (spare_adopted and t.is_adopted)}
+        for trainer in ending.values():
             trainer.terminate(self._settings.cancel_grace_seconds)
         last_moment = time.monotonic() + self._settings.cancel_grace_seconds + KILL_S
-        while self._trainers and time.monotonic() < last_moment:
+        while ending.keys() & self._trainers.keys() and time.monotonic() < last_moment:
             await asyncio.sleep(POLL_S)
         tasks = [*self._tasks.values()]
         for task in tasks:
@@ -154,9 +154,11 @@ class Supervisor:
             self.store.record(job.id, pid=trainer.pid)
 
     def _launch(self, job: Job) -> TrainerProcess:
+        base = self._promoter.registry.base_folder(job.model)
+        config = run_config(job, base=base, home=self._settings.home).model_dump(mode="json")
         run = self.run_folder(job)
         run.path.mkdir(parents=True, exist_ok=True)
-        run.config.write_text(yaml.safe_dump(self._run_config(job), sort_keys=False, allow_unicode=True), "utf-8")
+        run.config.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), "utf-8")
         return TrainerProcess.start(run, nice=self._shares_cpu(job), command=self._command)
 
     def _follow(self, job: Job, trainer: TrainerProcess) -> None:
@@ -283,15 +285,6 @@ class Supervisor:
 
         task = self._tasks[job_id] = asyncio.create_task(guarded(), name=job_id)
         task.add_done_callback(lambda done: self._tasks.pop(job_id) if self._tasks.get(job_id) is done else None)
-
-    def _run_config(self, job: Job) -> dict[str, Any]:
-        config = RunConfig(
-            **job.options.model_dump(),
-            model=str(self._promoter.registry.base_folder(job.model)),
-            model_name=job.model,
-            data_files=tuple(str(self._settings.home / file) for file in job.data_files),
-        )
-        return config.model_dump(mode="json")
 
     def _shares_cpu(self, job: Job) -> bool:
         """Whether training and serving want the same cores."""

@@ -60,6 +60,10 @@ class TrainerProcess:
         return cls(run, pid=pid, child=None)
 
     @property
+    def is_adopted(self) -> bool:
+        return self._child is None
+
+    @property
     def exit_code(self) -> int | None:
         """Negative for a signal. None while it lives, and for an adopted one."""
         return None if self._child is None else self._child.returncode

@@ -202,6 +202,28 @@ def test_a_trainer_that_died_with_the_service_begins_again_a_bounded_number_of_t
     run(work())
 
 
+def test_a_service_that_cannot_start_leaves_the_trainer_that_it_found_to_the_next_one(home: Path) -> None:
+    async def work() -> None:
+        bench = make_bench(home)
+        job = bench.store.create(**bench.columns(LONG))
+        bench.database.close()
+        with supervisor_process(home) as process:
+            await _appears(home / "runs" / job.id / "events.jsonl")
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        bench = make_bench(home)
+        await bench.supervisor.start()
+        await bench.supervisor.stop(spare_adopted=True)
+        bench.database.close()
+        async with running_bench(home) as bench:
+            job = bench.store.get(job.id)
+            assert (job.status, job.attempt) == ("running", 1)
+            bench.supervisor.cancel(job.id)
+            assert (await bench.finished(job)).status == "cancelled"
+
+    run(work())
+
+
 async def _appears(path: Path) -> None:
     async with asyncio.timeout(120):
         while not path.exists():
