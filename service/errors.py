@@ -4,7 +4,7 @@ ApiError            an answer with its own status
 UserError           400: a mistake that the message names, with its mend
 NotFoundError       404
 RequestValidationError (what FastAPI would answer with 422)    400
-a disk that is full or read-only, a database that is locked    503
+a disk that is full or read-only, a database that is locked, a helping process that was killed    503
 anything else       500 without details; the log has them
 """
 
@@ -93,6 +93,9 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(404, str(error), param=error.param, code="model_not_found" if error.param == "model" else None)
     if isinstance(error, UserError):
         return ApiError(400, str(error), param=error.param)
+    if isinstance(error, ChildProcessError):
+        logger.error("%s", error)
+        return unavailable(f"{error}: try again", retry_after=5)
     if (reason := _storage_problem(error)) is not None:
         logger.error("nothing can be stored: %s", reason)
         return unavailable(

@@ -34,7 +34,7 @@ def result_of(error: Exception, config: RunConfig | None) -> RunResult:
     if isinstance(error, NoDiskSpace) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
         return _failed("no_disk_space", str(error))
     if is_out_of_memory(error) and config is not None:
-        return _failed("out_of_memory", f"{error}. {_memory_advice(config)}")
+        return _failed("out_of_memory", f"{str(error) or 'no memory is left'}. {_memory_advice(config)}")
     return _failed("internal_error", f"{type(error).__name__}: {error}".removesuffix(": "))
 
 

@@ -29,7 +29,10 @@ def are_small(files: Iterable[DataFile]) -> bool:
 
 
 async def check_files_aside(files: Sequence[DataFile], *, param: str) -> None:
-    """Read every record without holding up the event loop. Raises UserError with the file, the record and the line."""
+    """Read every record without holding up the event loop.
+
+    Raises UserError with the file, the record and the line, and ChildProcessError when the process that reads dies.
+    """
     mistake = await (asyncio.to_thread(find_mistake, files) if are_small(files) else _find_mistake_apart(files))
     if mistake is not None:
         raise UserError(f"{param}: {mistake}", param=param)
@@ -60,7 +63,7 @@ async def _find_mistake_apart(files: Iterable[DataFile]) -> str | None:
         await process.wait()
         raise
     if process.returncode:
-        return f"the check ended with exit code {process.returncode}; the log of the service says more"
+        raise ChildProcessError(f"the check of the data ended with exit code {process.returncode}")
     mistake: str | None = json.loads(answer)
     return mistake
 

@@ -24,6 +24,7 @@ JSON = {"content-type": "application/json"}
      (OSError(errno.ENOSPC, "No space left", "secret"), 503, "unavailable_error", None, None),
      (OSError(errno.EROFS, "Read-only file system", "secret"), 503, "unavailable_error", None, None),
      (sqlite3.OperationalError("database is locked"), 503, "unavailable_error", None, None),
+     (ChildProcessError("killed"), 503, "unavailable_error", None, None),
      (OSError(errno.EIO, "secret"), 500, "server_error", None, None),
      (RuntimeError("secret /path"), 500, "server_error", None, None)],
 )  # fmt: skip

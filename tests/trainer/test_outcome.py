@@ -42,6 +42,10 @@ def test_a_cancelled_run_has_no_error() -> None:
     assert result_of(Cancelled("SIGTERM"), CONFIG) == RunResult(status="cancelled")
 
 
+def test_memory_that_runs_out_without_a_word_is_told_in_words() -> None:
+    assert str(result_of(MemoryError(), CONFIG).error_message).startswith("no memory is left. To use less memory: ")
+
+
 def test_memory_that_runs_out_comes_with_figures_and_what_to_lower() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 50)

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from lm.errors import UserError
 from service.jobs.checking import SMALL_BYTES, check_files_aside
+from tests.support.processes import children_of
 
 GOOD = '{"input": "a", "output": "b"}\n'
 
@@ -20,3 +23,18 @@ def test_a_file_that_cannot_be_read_is_a_mistake_with_its_name(tmp_path: Path, s
     with pytest.raises(UserError, match=r"^data: cannot read the data file sub/gone\.jsonl: No such") as error:
         asyncio.run(check_files_aside(files, param="data"))
     assert error.value.param == "data"
+
+
+def test_a_check_that_is_killed_is_no_mistake_in_the_file(tmp_path: Path) -> None:
+    large = tmp_path / "large.jsonl"
+    large.write_text(GOOD * (20 * SMALL_BYTES // len(GOOD)))
+
+    async def work() -> None:
+        check = asyncio.create_task(check_files_aside([(large, "large.jsonl")], param="data"))
+        while not (helpers := children_of(os.getpid())):
+            await asyncio.sleep(0.01)
+        os.kill(helpers[0], signal.SIGKILL)
+        with pytest.raises(ChildProcessError, match="exit code -9"):
+            await check
+
+    asyncio.run(work())
