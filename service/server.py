@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 LAST_BYTES_S = 3
 """How long connections may take to close once nothing is generated any more."""
+OPEN_FILES = 65_536
 
 
 def serve(settings: Settings) -> int:
@@ -32,8 +34,17 @@ def serve(settings: Settings) -> int:
 
     Raises UserError for a model, a home or an address that cannot be used.
     """
+    _allow_many_connections()
     with _listen(settings) as listener:
         return asyncio.run(_serve(settings, listener))
+
+
+def _allow_many_connections() -> None:
+    """Shells allow 1024 open files by default; beyond them no connection is accepted and no process started."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from service.server import LAST_BYTES_S
 from tests.support.runs import RECORDS
-from tests.support.server import Server, running_server
+from tests.support.server import TUNESERVE, Server, running_server
 from tests.support.tiny import make_tiny_llama
 
 
@@ -108,6 +109,16 @@ def test_who_follows_a_job_is_let_go_at_once_and_without_an_error_in_the_log(tmp
             assert time.monotonic() - begin < LAST_BYTES_S
         assert server.process.wait(60) == 0
     assert not [line for line in server.log if "ERROR" in line or "Traceback" in line]
+
+
+def test_more_connections_fit_than_the_shell_allows_by_itself(home: Path) -> None:
+    command = ("/bin/sh", "-c", 'ulimit -Sn 64; exec "$@"', "sh", *TUNESERVE)
+    with running_server(home, "model=tiny", "dtype=fp32", "device=cpu", "num_threads=1", command=command) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with ExitStack() as idle:
+            for _ in range(100):
+                idle.enter_context(socket.create_connection((host, int(port))))
+            assert httpx.get(f"{server.url}/health").status_code == 200
 
 
 def test_a_killed_engine_fails_what_runs_and_comes_back(home: Path) -> None:
