@@ -79,9 +79,9 @@ def run(folder: RunFolder, stop: StopRequest) -> RunResult:
 
 def train(config: RunConfig, folder: RunFolder, progress: Progress, stop: StopRequest) -> None:
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    # OpenMP's threads spin while they wait, for milliseconds: beside a process on the same cores, such as the engine, a
-    # step took 30 s instead of 2. Not to spin at all took 1.6 times as long on free cores. Both measured, on 2 cores
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # How long OpenMP's threads spin before they sleep. By default it is milliseconds: beside processes that want the
+    # same cores, such as the engine, a step took 10 times as long. Not to spin cost 1.6 times on free cores, this 1.1
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from trainer.recipe import FineTuneRecipe  # imports torch, which reads these variables
 
     recipe = FineTuneRecipe(config, folder, progress, stop.check)
