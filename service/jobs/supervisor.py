@@ -62,7 +62,8 @@ class Supervisor:
     async def start(self) -> None:
         """Take up what an earlier service process left."""
         for job in self.store.with_status("running"):
-            self._take_up(job)
+            self._spawn(job.id, self._take_up, job)
+        await asyncio.sleep(0)  # by the end of which those have been taken up
         for job in self.store.with_status("validating_files"):
             self._spawn(job.id, self._check, job)
         self._schedule()
@@ -240,19 +241,19 @@ class Supervisor:
 
     # ---- restarts
 
-    def _take_up(self, job: Job) -> None:
+    async def _take_up(self, job: Job) -> None:
         run = self.run_folder(job)
-        result = run.read_result()
         trainer = TrainerProcess.adopt(run, job.pid)
         if is_alive(run):
             if job.cancel_requested:
                 trainer.terminate(self._settings.cancel_grace_seconds)
             self._follow(job, trainer)
-        elif job.cancel_requested or (result is not None and result.status != "cancelled"):
+        elif job.cancel_requested or ((result := run.read_result()) is not None and result.status != "cancelled"):
             self._follow(job, trainer)
         else:
             run.remove_unfinished()
             self._queue_again(job)
+            self._schedule()
 
     def _queue_again(self, job: Job) -> None:
         restarts = job.attempt

@@ -224,6 +224,25 @@ def test_a_service_that_cannot_start_leaves_the_trainer_that_it_found_to_the_nex
     run(work())
 
 
+def test_a_job_that_cannot_be_taken_up_fails_alone(home: Path) -> None:
+    async def work() -> None:
+        bench = make_bench(home)
+        damaged = bench.store.create(**bench.columns(SHORT))
+        bench.store.record(damaged.id, status="running")
+        run = bench.supervisor.run_folder(damaged)
+        run.path.mkdir(parents=True)
+        run.result.write_text('{"status": "succ')
+        next_ = bench.store.create(**bench.columns(SHORT))
+        bench.database.close()
+        async with running_bench(home) as bench:
+            damaged, next_ = await bench.finished(damaged), await bench.finished(next_)
+            assert damaged.error is not None
+            assert (damaged.status, damaged.error.code) == ("failed", "internal_error")
+            assert next_.status == "succeeded"
+
+    run(work())
+
+
 async def _appears(path: Path) -> None:
     async with asyncio.timeout(120):
         while not path.exists():
