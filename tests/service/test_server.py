@@ -58,16 +58,16 @@ def children(server: Server) -> list[Path]:
 
 
 def test_running_requests_finish_and_new_ones_are_refused_while_it_drains(home: Path) -> None:
-    with running(home) as server:
+    with running(home, drain_seconds=120) as server:
         processes = children(server)
-        with streaming(server, max_tokens=150) as events:
+        with streaming(server, max_tokens=6000) as events:  # enough to be running still when the others are refused
             server.process.send_signal(signal.SIGTERM)
-            time.sleep(0.1)
+            while httpx.get(f"{server.url}/ready").status_code != 503:
+                time.sleep(0.01)
             refused = httpx.post(f"{server.url}/generate", json={"prompt": "a"})
             assert (refused.status_code, refused.json()["error"]["type"]) == (503, "unavailable_error")
-            assert httpx.get(f"{server.url}/ready").status_code == 503
             *_, last = events
-        assert last["usage"]["completion_tokens"] == 150
+        assert last["usage"]["completion_tokens"] == 6000
         assert server.process.wait(20) == 0
         assert processes
         assert not any(process.exists() for process in processes)
