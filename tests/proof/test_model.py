@@ -15,6 +15,7 @@ from lm.checkpoint import load_weights
 from lm.config import load_config
 from lm.model import build_model
 from lm.ops import choose_ops
+from tests.proof.conftest import MODEL
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +52,7 @@ def test_fp32_logits_equal_those_of_transformers(smollm2: Path, figure: Callable
 
 def test_200_greedy_tokens_over_http_equal_those_of_transformers(smollm2: Path, client: httpx.Client) -> None:
     theirs, tokenizer = transformers_twin(smollm2)
+    client.post(f"/checkpoints/{MODEL}/activate").raise_for_status()
     for prompt in PROMPTS:
         ids = tokenizer(prompt)["input_ids"]
         expected = theirs.generate(
