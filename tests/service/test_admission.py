@@ -24,8 +24,9 @@ def test_places_are_given_back_by_a_request_that_fails() -> None:
 
 
 def test_one_request_may_be_larger_than_the_limit_when_it_is_alone() -> None:
-    with Admission(1).enter(5):
-        pass
+    admission = Admission(1)
+    with admission.enter(5):
+        assert admission.active == 5
 
 
 def test_nothing_starts_while_the_service_drains_and_what_runs_goes_on() -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from service.errors import ApiError
 from service.jobs.checking import SMALL_BYTES
+from service.jobs.job import Job
 from service.jobs.trainer_process import is_alive
 from tests.support import processes
 from tests.support.jobs import LONG, SHORT, make_bench, running_bench
@@ -152,6 +153,18 @@ def test_a_large_file_is_checked_in_the_job_and_its_mistake_is_told_with_line_an
     run(work())
 
 
+async def _orphaned_job(home: Path) -> Job:
+    """A job whose trainer is at work and whose service was killed."""
+    bench = make_bench(home)
+    job = bench.store.create(**bench.columns(LONG))
+    bench.database.close()
+    with supervisor_process(home) as process:
+        await _appears(home / "runs" / job.id / "events.jsonl")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    return job
+
+
 def test_a_run_that_ended_while_the_service_was_away_is_completed_once(home: Path) -> None:
     async def work() -> None:
         bench = make_bench(home)
@@ -174,13 +187,7 @@ def test_a_run_that_ended_while_the_service_was_away_is_completed_once(home: Pat
 
 def test_a_trainer_that_died_with_the_service_begins_again_a_bounded_number_of_times(home: Path) -> None:
     async def work() -> None:
-        bench = make_bench(home)
-        job = bench.store.create(**bench.columns(LONG))
-        bench.database.close()
-        with supervisor_process(home) as process:
-            await _appears(home / "runs" / job.id / "events.jsonl")
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+        job = await _orphaned_job(home)
         bench = make_bench(home)
         pid = bench.store.get(job.id).pid
         bench.database.close()
@@ -204,13 +211,7 @@ def test_a_trainer_that_died_with_the_service_begins_again_a_bounded_number_of_t
 
 def test_a_service_that_cannot_start_leaves_the_trainer_that_it_found_to_the_next_one(home: Path) -> None:
     async def work() -> None:
-        bench = make_bench(home)
-        job = bench.store.create(**bench.columns(LONG))
-        bench.database.close()
-        with supervisor_process(home) as process:
-            await _appears(home / "runs" / job.id / "events.jsonl")
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+        job = await _orphaned_job(home)
         bench = make_bench(home)
         await bench.supervisor.start()
         await bench.supervisor.stop(spare_adopted=True)
