@@ -19,7 +19,7 @@ from torch import Tensor
 from lm.config import load_config
 from lm.errors import UserError
 from lm.folder import publish
-from lm.model import LlamaForCausalLM
+from lm.model import CausalLM
 from lm.template import DEFAULT_ORIGIN, DEFAULT_TEMPLATE, find_template
 from lm.weight_files import INDEX_FILE, SINGLE_FILE, TensorEntry, validate_checkpoint
 
@@ -39,7 +39,7 @@ COMPANIONS = (
 """What makes weights a model that others can use; copied from the base where it has it."""
 
 
-def load_weights(model: LlamaForCausalLM, folder: Path) -> None:
+def load_weights(model: CausalLM, folder: Path) -> None:
     """Fill every parameter of `model` from the safetensors files of `folder`, cast to the model's dtype.
 
     One tensor at a time is in memory beside the model. Raises UserError, before anything is read, when the tensors
@@ -68,7 +68,7 @@ def save_model(
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Publish `state` (names as in `LlamaForCausalLM.state_dict()`) as the model folder `final`, cast to `dtype`.
+    """Publish `state` (names as in `CausalLM.state_dict()`) as the model folder `final`, cast to `dtype`.
 
     config.json, with its dtype set, and tokenizer, template and generation settings come from `config_folder`, the
     base model. A base without a chat template gets the default one that it was used with. Raises FileExistsError when
@@ -95,7 +95,7 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_tied_head(model: LlamaForCausalLM, head: TensorEntry) -> None:
+def _check_tied_head(model: CausalLM, head: TensorEntry) -> None:
     """A tied checkpoint may repeat its embedding as the head; another head would be dropped in silence."""
     embedding = model.model.embed_tokens.weight
     with safe_open(head.file, framework="pt") as file:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lm.errors import NotFoundError, UserError
 from lm.folder import publish
-from lm.model import LlamaForCausalLM
+from lm.model import CausalLM
 from lm.weight_files import read_header
 
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -81,7 +81,7 @@ class LoraLinear(nn.Module):
         return F.linear(x, self.weight, self.bias) + update
 
 
-def add_lora(model: LlamaForCausalLM, spec: LoraSpec) -> None:
+def add_lora(model: CausalLM, spec: LoraSpec) -> None:
     """Freeze `model` and put an update, which is zero at first, beside each target layer.
 
     Raises UserError for a target that is no linear layer of a block.
@@ -101,7 +101,7 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
 
 
-def save_adapter(model: LlamaForCausalLM, spec: LoraSpec, final: Path, *, base_model: str) -> None:
+def save_adapter(model: CausalLM, spec: LoraSpec, final: Path, *, base_model: str) -> None:
     """Publish the updates of `model` as the PEFT folder `final`.
 
     `base_model` is the name or folder of the base that PEFT's `from_pretrained` looks up. Raises FileExistsError when
@@ -127,13 +127,13 @@ def save_adapter(model: LlamaForCausalLM, spec: LoraSpec, final: Path, *, base_m
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def check_adapter(model: LlamaForCausalLM, folder: Path) -> None:
+def check_adapter(model: CausalLM, folder: Path) -> None:
     """Raise what `merge_adapter` would refuse; nothing is changed."""
     rank, _ = _read_config(folder)
     _adapted_layers(model, folder, rank)
 
 
-def merge_adapter(model: LlamaForCausalLM, folder: Path) -> None:
+def merge_adapter(model: CausalLM, folder: Path) -> None:
     """Add the updates in the PEFT folder `folder` to the weights of the plain `model`, computed in fp32.
 
     Raises NotFoundError when there is no such folder, and UserError, before a weight has changed, when it is no plain
@@ -180,7 +180,7 @@ def _positive(config: Mapping[str, Any], option: str, kind: type[int | float], p
     return float(value)
 
 
-def _adapted_layers(model: LlamaForCausalLM, folder: Path, rank: int) -> dict[str, nn.Linear]:
+def _adapted_layers(model: CausalLM, folder: Path, rank: int) -> dict[str, nn.Linear]:
     """The layers that an adapter changes, by name. Raises UserError unless each has both matrices, and they fit."""
     path = folder / WEIGHTS_FILE
     found = {name: entry.shape for name, entry in read_header(path).items()}

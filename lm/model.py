@@ -83,7 +83,7 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
-class LlamaModel(nn.Module):
+class DecoderModel(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
@@ -91,7 +91,7 @@ class LlamaModel(nn.Module):
         self.norm = RMSNorm(config, ops)
 
 
-class LlamaForCausalLM(nn.Module):
+class CausalLM(nn.Module):
     """Llama 2, 3, 3.1, 3.2 and what shares their architecture. Build it with `build_model`."""
 
     def __init__(self, config: ModelConfig, ops: Ops, device: torch.device) -> None:
@@ -100,7 +100,7 @@ class LlamaForCausalLM(nn.Module):
         self.ops = ops
         self.checkpoint_activations = False
         """Recompute each layer in the backward pass instead of keeping its activations."""
-        self.model = LlamaModel(config, ops)
+        self.model = DecoderModel(config, ops)
         self.lm_head = (
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
@@ -143,10 +143,10 @@ class LlamaForCausalLM(nn.Module):
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
-FAMILIES = {"llama": LlamaForCausalLM}
+FAMILIES = {"llama": CausalLM}
 
 
-def build_model(config: ModelConfig, *, device: torch.device, dtype: torch.dtype, ops: Ops) -> LlamaForCausalLM:
+def build_model(config: ModelConfig, *, device: torch.device, dtype: torch.dtype, ops: Ops) -> CausalLM:
     """The model with uninitialised weights in `dtype` on `device`; loading a checkpoint fills them."""
     with torch.device("meta"):
         model = FAMILIES[config.model_type](config, ops, device)

@@ -12,7 +12,7 @@ import torch
 
 from lm.checkpoint import load_weights, save_model
 from lm.lora import LoraSpec, merge_adapter, save_adapter
-from lm.model import LlamaForCausalLM, build_model
+from lm.model import CausalLM, build_model
 from lm.ops import REFERENCE
 from trainer.config import RunConfig
 from trainer.outcome import NoDiskSpace
@@ -38,7 +38,7 @@ class Publisher:
         self.dtype = dtype
         self.base = Path(config.model)
 
-    def check_disk_space(self, model: LlamaForCausalLM, *, num_saves: int) -> None:
+    def check_disk_space(self, model: CausalLM, *, num_saves: int) -> None:
         """Raises NoDiskSpace, with figures, unless `num_saves` checkpoints fit beside what is on the disk now."""
         whole = model.config.num_parameters * self.dtype.itemsize
         adapter = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
@@ -50,7 +50,7 @@ class Publisher:
                 f"{free / 1e9:.2f} GB free in {self.folder.path}; raise save_every_n_steps or free some space"
             )
 
-    def publish(self, model: LlamaForCausalLM, step: int, *, final: bool) -> Iterator[tuple[Kind, str]]:
+    def publish(self, model: CausalLM, step: int, *, final: bool) -> Iterator[tuple[Kind, str]]:
         """Publish this step. Yields the kind and the path in the run folder of each folder, once it is complete."""
         checkpoint, adapter = (folder / f"step_{step}" for folder in (self.folder.checkpoints, self.folder.adapters))
         if self.config.recipe == "full":
@@ -64,7 +64,7 @@ class Publisher:
             save_model(self._merged(model, adapter).state_dict(), self.base, checkpoint, dtype=self.dtype)
             yield "merged", self._log_sizes(checkpoint)
 
-    def _merged(self, model: LlamaForCausalLM, adapter: Path) -> LlamaForCausalLM:
+    def _merged(self, model: CausalLM, adapter: Path) -> CausalLM:
         """The base as it is on the disk, not as the run rounded it, with the adapter. In fp32, in host memory."""
         merged = build_model(model.config, device=torch.device("cpu"), dtype=torch.float32, ops=REFERENCE)
         load_weights(merged, self.base)

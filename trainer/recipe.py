@@ -18,7 +18,7 @@ from lm.checkpoint import load_weights
 from lm.config import load_config
 from lm.device import choose_dtype, memory_figures, resolve_device, seed_everything
 from lm.lora import add_lora
-from lm.model import LlamaForCausalLM, build_model
+from lm.model import CausalLM, build_model
 from lm.ops import choose_ops
 from lm.template import load_template
 from lm.tokenizer import load_tokenizer
@@ -183,7 +183,7 @@ class FineTuneRecipe:
             self.check_cancelled()
             yield record
 
-    def _load_model(self) -> LlamaForCausalLM:
+    def _load_model(self) -> CausalLM:
         is_lora = self.config.recipe == "lora"
         dtype = self.precision.dtype if is_lora else torch.float32
         ops, variants = choose_ops(self.device, self.precision.dtype)

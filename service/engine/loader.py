@@ -15,7 +15,7 @@ from lm.checkpoint import load_weights, weights_hash
 from lm.config import ModelConfig, load_config
 from lm.errors import UserError
 from lm.lora import merge_adapter
-from lm.model import LlamaForCausalLM, build_model
+from lm.model import CausalLM, build_model
 from lm.ops import Ops
 from lm.weight_files import validate_checkpoint
 
@@ -72,7 +72,7 @@ def check_source(source: Source, target: Target) -> ModelConfig:
     return config
 
 
-def fill(model: LlamaForCausalLM, source: Source) -> None:
+def fill(model: CausalLM, source: Source) -> None:
     """Overwrite the model's weights. Raises UserError; the weights are then neither the old nor the new ones."""
     load_weights(model, source.base_dir)
     if source.adapter_dir is not None:
@@ -80,7 +80,7 @@ def fill(model: LlamaForCausalLM, source: Source) -> None:
     _check_finite(model, source)
 
 
-def _check_finite(model: LlamaForCausalLM, source: Source) -> None:
+def _check_finite(model: CausalLM, source: Source) -> None:
     """Such weights would poison more than their own answers: a NaN that stays in a KV block passes every mask."""
     for name, tensor in model.state_dict().items():
         lowest, highest = tensor.aminmax()  # one pass; NaN and infinity come through
@@ -91,14 +91,14 @@ def _check_finite(model: LlamaForCausalLM, source: Source) -> None:
             )
 
 
-def read(source: Source, target: Target) -> tuple[LlamaForCausalLM, str]:
+def read(source: Source, target: Target) -> tuple[CausalLM, str]:
     """The model in host memory, and its hash. Touches no device. Raises UserError."""
     model = build_model(target.config, device=HOST, dtype=target.dtype, ops=target.ops)
     fill(model, source)
     return model, weights_hash(model.state_dict())
 
 
-def place(model: LlamaForCausalLM, target: Target) -> LlamaForCausalLM:
+def place(model: CausalLM, target: Target) -> CausalLM:
     """A model from `read` on the device that serves."""
     if target.device == HOST:
         return model

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm.cache import KVCache, PagedBatch
-from lm.model import LlamaForCausalLM
+from lm.model import CausalLM
 from service.engine.blocks import blocks_for
 from service.engine.sampler import SamplingInputs, plan_sampling, sample, uniform
 from service.engine.scheduler import Chunk
@@ -33,7 +33,7 @@ ArrayT = TypeVar("ArrayT")
 class Forward:
     """Chunks that go through one set of weights together: one token of each, or one chunk of several tokens."""
 
-    model: LlamaForCausalLM
+    model: CausalLM
     chunks: tuple[Chunk, ...]
 
 

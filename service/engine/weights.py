@@ -21,7 +21,7 @@ from lm.config import ModelConfig
 from lm.device import memory_figures
 from lm.errors import UserError
 from lm.lora import check_adapter
-from lm.model import LlamaForCausalLM
+from lm.model import CausalLM
 from service.engine.loader import Source, Target, check_source, fill, in_background, place, read
 from service.engine.messages import (
     LoadModel,
@@ -47,7 +47,7 @@ class WeightSet:
     model_id: str
     source: Source
     config: ModelConfig
-    model: LlamaForCausalLM
+    model: CausalLM
     hash: str
     num_requests: int = 0
     """Admitted and not finished."""
@@ -193,14 +193,14 @@ class WeightStore:
                 )
             yield
 
-    def _load_beside(self, source: Source) -> Generator[None, None, tuple[LlamaForCausalLM, str]]:
+    def _load_beside(self, source: Source) -> Generator[None, None, tuple[CausalLM, str]]:
         future = in_background(lambda: read(source, self._target), self._wake)
         while not future.done():
             yield
         model, hash_ = future.result()
         return place(model, self._target), hash_
 
-    def _load_in_place(self, source: Source, old: WeightSet) -> Generator[None, None, tuple[LlamaForCausalLM, str]]:
+    def _load_in_place(self, source: Source, old: WeightSet) -> Generator[None, None, tuple[CausalLM, str]]:
         """Once nobody runs on the old set. If it fails, the old weights are read again."""
         self._draining = old
         try:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lm.cache import KVCache, PagedBatch
 from lm.config import load_config
-from lm.model import LlamaForCausalLM
+from lm.model import CausalLM
 from lm.ops import REFERENCE
 from tests.support.tiny import VOCAB_SIZE, load_tiny_llama, make_tiny_llama
 
@@ -34,11 +34,11 @@ class Chunk:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
+def model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
     return load_tiny_llama(make_tiny_llama(tmp_path_factory.mktemp("tiny"), attention_bias=True))
 
 
-def new_cache(model: LlamaForCausalLM) -> KVCache:
+def new_cache(model: CausalLM) -> KVCache:
     return KVCache.allocate(model.config, NUM_BLOCKS, BLOCK_SIZE, CPU, torch.float32)
 
 
@@ -47,15 +47,13 @@ def random_ids(length: int, seed: int = 0) -> Tensor:
 
 
 @torch.inference_mode()
-def whole(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
+def whole(model: CausalLM, ids: Tensor) -> Tensor:
     """Logits (T, V) without a cache."""
     return model.logits(model(ids[None], torch.arange(len(ids))[None]))[0]
 
 
 @torch.inference_mode()
-def paged_hidden(
-    model: LlamaForCausalLM, cache: KVCache, chunks: Sequence[Chunk], padding: tuple[int, int, int]
-) -> Tensor:
+def paged_hidden(model: CausalLM, cache: KVCache, chunks: Sequence[Chunk], padding: tuple[int, int, int]) -> Tensor:
     """One forward over `chunks`, padded by so many rows, tokens and blocks. Returns (B, T, W), padding included."""
     rows = len(chunks) + padding[0]
     tokens = max(chunk.end - chunk.start for chunk in chunks) + padding[1]
@@ -77,7 +75,7 @@ def paged_hidden(
 
 @torch.inference_mode()
 def paged_logits(
-    model: LlamaForCausalLM, cache: KVCache, chunks: Sequence[Chunk], padding: tuple[int, int, int] = (0, 0, 0)
+    model: CausalLM, cache: KVCache, chunks: Sequence[Chunk], padding: tuple[int, int, int] = (0, 0, 0)
 ) -> list[Tensor]:
     """Logits (T, V) of each chunk."""
     hidden = paged_hidden(model, cache, chunks, padding)
@@ -97,7 +95,7 @@ paddings = st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 4))
 @given(length=st.integers(1, 32), cuts=cuts, padding=paddings)
 @settings(max_examples=100, deadline=None)
 def test_chunks_of_any_size_and_padding_equal_the_whole(
-    model: LlamaForCausalLM, length: int, cuts: list[int], padding: tuple[int, int, int]
+    model: CausalLM, length: int, cuts: list[int], padding: tuple[int, int, int]
 ) -> None:
     """Chunks of one token are decoding steps."""
     ids, cache = random_ids(length), new_cache(model)
@@ -110,7 +108,7 @@ def test_chunks_of_any_size_and_padding_equal_the_whole(
 @given(lengths=st.lists(st.integers(1, 30), min_size=2, max_size=3), padding=paddings)
 @settings(max_examples=50, deadline=None)
 def test_rows_decoded_together_equal_each_alone(
-    model: LlamaForCausalLM, lengths: list[int], padding: tuple[int, int, int]
+    model: CausalLM, lengths: list[int], padding: tuple[int, int, int]
 ) -> None:
     cache = new_cache(model)
     sequences = [random_ids(length + 1, seed) for seed, length in enumerate(lengths)]
@@ -123,7 +121,7 @@ def test_rows_decoded_together_equal_each_alone(
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7])
-def test_a_forward_writes_its_own_slots_and_the_null_slot_only(model: LlamaForCausalLM, num_tokens: int) -> None:
+def test_a_forward_writes_its_own_slots_and_the_null_slot_only(model: CausalLM, num_tokens: int) -> None:
     cache = new_cache(model)
     for stored in (*cache.keys, *cache.values):
         stored.normal_()
@@ -135,7 +133,7 @@ def test_a_forward_writes_its_own_slots_and_the_null_slot_only(model: LlamaForCa
         assert set(changed.tolist()) == written
 
 
-def test_what_other_rows_hold_does_not_reach_a_row(model: LlamaForCausalLM) -> None:
+def test_what_other_rows_hold_does_not_reach_a_row(model: CausalLM) -> None:
     ids = random_ids(20)
     clean, dirty = new_cache(model), new_cache(model)
     for stored in (*dirty.keys, *dirty.values):

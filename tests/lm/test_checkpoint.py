@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lm.checkpoint import load_weights, save_model, weights_hash
 from lm.config import load_config
 from lm.errors import UserError
-from lm.model import LlamaForCausalLM, build_model
+from lm.model import CausalLM, build_model
 from lm.ops import REFERENCE
 from tests.support.tiny import make_tiny_llama
 
@@ -22,13 +22,13 @@ CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 80, 17, 200, 33, 2, 9]])
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
     model = build_model(load_config(folder), device=CPU, dtype=dtype, ops=REFERENCE)
     load_weights(model, folder)
     return model
 
 
-def our_logits(model: LlamaForCausalLM) -> torch.Tensor:
+def our_logits(model: CausalLM) -> torch.Tensor:
     with torch.no_grad():
         return model.logits(model(IDS, torch.arange(IDS.shape[1])[None]))
 
@@ -42,7 +42,7 @@ def their_logits(folder: Path) -> torch.Tensor:
     return logits
 
 
-def perturb(model: LlamaForCausalLM) -> None:
+def perturb(model: CausalLM) -> None:
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

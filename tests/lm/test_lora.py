@@ -18,7 +18,7 @@ from lm.checkpoint import load_weights
 from lm.config import load_config
 from lm.errors import NotFoundError, UserError
 from lm.lora import LINEAR_LAYERS, LoraLinear, LoraSpec, add_lora, lora_parameters, merge_adapter, save_adapter
-from lm.model import LlamaForCausalLM, build_model
+from lm.model import CausalLM, build_model
 from lm.ops import REFERENCE, choose_ops
 from tests.support.tiny import make_tiny_llama
 
@@ -37,13 +37,13 @@ def base(tmp_path: Path) -> Path:
     return make_tiny_llama(tmp_path / "base", attention_bias=True, tie_word_embeddings=False)
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
     model = build_model(load_config(folder), device=CPU, dtype=dtype, ops=REFERENCE)
     load_weights(model, folder)
     return model
 
 
-def adapted(folder: Path, spec: LoraSpec) -> LlamaForCausalLM:
+def adapted(folder: Path, spec: LoraSpec) -> CausalLM:
     """A model with updates that change something."""
     torch.manual_seed(3)
     model = load(folder)
@@ -54,7 +54,7 @@ def adapted(folder: Path, spec: LoraSpec) -> LlamaForCausalLM:
     return model.eval()
 
 
-def logits(model: LlamaForCausalLM) -> torch.Tensor:
+def logits(model: CausalLM) -> torch.Tensor:
     with torch.no_grad():
         return model.logits(model(IDS, POSITIONS))
 
@@ -214,7 +214,7 @@ def adapter(tmp_path: Path, base: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def refusal(model: LlamaForCausalLM, folder: Path) -> str:
+def refusal(model: CausalLM, folder: Path) -> str:
     """The reason why `folder` is refused; the model is as it was."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UserError) as caught:

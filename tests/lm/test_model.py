@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lm.cache import KVCache, PagedBatch
 from lm.config import SUPPORTED_FAMILIES, load_config
-from lm.model import FAMILIES, LlamaForCausalLM, build_model, inverse_frequencies
+from lm.model import FAMILIES, CausalLM, build_model, inverse_frequencies
 from lm.ops import REFERENCE, choose_ops
 from tests.support.tiny import VOCAB_SIZE, load_tiny_llama, make_tiny_llama
 
@@ -51,7 +51,7 @@ def positions_of(ids: Tensor) -> Tensor:
     return torch.arange(ids.shape[1]).expand_as(ids)
 
 
-def logits_of(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
+def logits_of(model: CausalLM, ids: Tensor) -> Tensor:
     with torch.no_grad():
         return model.logits(model(ids, positions_of(ids)))
 
@@ -128,7 +128,7 @@ def test_right_padding_does_not_change_a_row(tiny: Path) -> None:
     torch.testing.assert_close(logits_of(model, ids)[:1, :25], alone, rtol=0, atol=1e-5)
 
 
-def train_gradients(model: LlamaForCausalLM, ids: Tensor) -> dict[str, Tensor]:
+def train_gradients(model: CausalLM, ids: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     logits = model.logits(model(ids, positions_of(ids)))
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).backward()

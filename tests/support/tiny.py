@@ -57,9 +57,7 @@ def make_tiny_llama(folder: Path, *, seed: int = 0, **config_overrides: Any) -> 
     return folder
 
 
-def load_tiny_llama(
-    folder: Path, *, dtype: torch.dtype = torch.float32, ops: Ops | None = None
-) -> ours.LlamaForCausalLM:
+def load_tiny_llama(folder: Path, *, dtype: torch.dtype = torch.float32, ops: Ops | None = None) -> ours.CausalLM:
     """Our model with the weights of such a folder, on the CPU."""
     device = torch.device("cpu")
     model = ours.build_model(load_config(folder), device=device, dtype=dtype, ops=ops or choose_ops(device, dtype)[0])

@@ -7,7 +7,7 @@ import torch
 
 from lm.config import load_config
 from lm.lora import add_lora
-from lm.model import LlamaForCausalLM, build_model
+from lm.model import CausalLM, build_model
 from lm.ops import REFERENCE
 from tests.support.runs import make_run
 from trainer.config import load_run_config
@@ -15,7 +15,7 @@ from trainer.outcome import NoDiskSpace
 from trainer.publish import Publisher, lora_spec
 
 
-def publisher_and_model(folder: Path, model_folder: Path, recipe: str) -> tuple[Publisher, LlamaForCausalLM]:
+def publisher_and_model(folder: Path, model_folder: Path, recipe: str) -> tuple[Publisher, CausalLM]:
     run = make_run(folder, model_folder, recipe=recipe)
     config = load_run_config(run.config)
     cpu, fp32 = torch.device("cpu"), torch.float32

@@ -12,7 +12,7 @@ import torch
 from lm.checkpoint import load_weights, save_model
 from lm.config import load_config
 from lm.lora import LoraSpec, add_lora, lora_parameters, save_adapter
-from lm.model import LlamaForCausalLM, build_model
+from lm.model import CausalLM, build_model
 from lm.ops import REFERENCE
 from service.engine.messages import ModelLoaded
 from tests.npu.simulated.device import SimulatedNpu
@@ -90,15 +90,15 @@ WAITS: dict[str, Callable[[torch.Tensor], object]] = {
 def test_a_wait_inside_a_step_is_caught(
     name: str, tiny_llama: Path, npu: SimulatedNpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = LlamaForCausalLM.logits
+    original = CausalLM.logits
 
-    def logits(model: LlamaForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(model: CausalLM, hidden: torch.Tensor) -> torch.Tensor:
         result = original(model, hidden)
         WAITS[name](result)
         return result
 
     driver = start(tiny_llama, "npu", dtype="fp32")
-    monkeypatch.setattr(LlamaForCausalLM, "logits", logits)
+    monkeypatch.setattr(CausalLM, "logits", logits)
     driver.add("r", REQUESTS["short"])
     with npu.statistics.forbid_host_sync("an engine step", uploads=1, downloads=1):
         driver.step()
@@ -130,7 +130,7 @@ def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return final
 
 
-def load_on_cpu(folder: Path) -> LlamaForCausalLM:
+def load_on_cpu(folder: Path) -> CausalLM:
     model = build_model(load_config(folder), device=torch.device("cpu"), dtype=torch.float32, ops=REFERENCE)
     load_weights(model, folder)
     return model

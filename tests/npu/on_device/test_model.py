@@ -11,7 +11,7 @@ import torch
 from lm.cache import KVCache, PagedBatch
 from lm.checkpoint import load_weights, weights_hash
 from lm.config import load_config
-from lm.model import LlamaForCausalLM, build_model
+from lm.model import CausalLM, build_model
 from lm.ops import REFERENCE, Ops, choose_ops
 from tests.npu.simulated.device import SimulatedNpu
 
@@ -20,9 +20,7 @@ NPU, CPU = torch.device("npu", 0), torch.device("cpu")
 TOKENS = [[5, 9, 42, 7, 3, 100, 41], [8, 77, 6, 5, 20, 21, 22]]
 
 
-def load(
-    folder: Path, device: torch.device, ops: Ops = REFERENCE, dtype: torch.dtype = torch.float32
-) -> LlamaForCausalLM:
+def load(folder: Path, device: torch.device, ops: Ops = REFERENCE, dtype: torch.dtype = torch.float32) -> CausalLM:
     model = build_model(load_config(folder), device=device, dtype=dtype, ops=ops)
     load_weights(model, folder)
     return model.eval()
@@ -63,7 +61,7 @@ def test_bf16_weights_give_bf16_logits_near_the_cpus(tiny_llama: Path) -> None:
 class Decoder:
     """One decode step over static buffers, as a runner captures it."""
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(self, model: CausalLM) -> None:
         self.model = model
         cache = KVCache.allocate(model.config, 8, BLOCK_SIZE, NPU, torch.float32)
         self.ids, self.places, self.slots = (torch.zeros(2, 1, dtype=torch.int32, device=NPU) for _ in range(3))

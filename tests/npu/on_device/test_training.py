@@ -14,7 +14,7 @@ import yaml
 
 from lm.checkpoint import load_weights
 from lm.config import load_config
-from lm.model import LlamaForCausalLM, build_model
+from lm.model import CausalLM, build_model
 from lm.ops import REFERENCE
 from tests.npu.simulated.device import SimulatedNpu
 from tests.npu.simulated.statistics import HostSyncError
@@ -59,9 +59,7 @@ def values(folder: RunFolder, event_type: str, key: str) -> list[Any]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    model: LlamaForCausalLM = build_model(
-        load_config(folder), device=torch.device("cpu"), dtype=torch.float32, ops=REFERENCE
-    )
+    model: CausalLM = build_model(load_config(folder), device=torch.device("cpu"), dtype=torch.float32, ops=REFERENCE)
     load_weights(model, folder)
     return dict(model.state_dict())
 
