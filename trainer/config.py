@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lm.errors import UserError
+from trainer.data.options import COLUMN_NAMES, DataFormat, ReadOptions, Source
+from trainer.data.split import parse_split
 
 Recipe = Literal["full", "lora"]
 OptionsT = TypeVar("OptionsT", bound=BaseModel)
@@ -32,6 +34,10 @@ class Strict(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+
+Affixes = Annotated[tuple[str, str], Field(strict=False)]
+"""Text before and after."""
 
 
 class LoraConfig(Strict):
@@ -68,7 +74,11 @@ class TrainingOptions(Strict):
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     """Peak learning rate. Default: 5e-4 for lora, 1e-4 for full."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the steps over which the rate rises linearly; after that it falls along a cosine to 0."""
+    """Share of the steps over which the rate rises linearly; after that it goes as `lr_schedule` says."""
+    warmup_steps: Annotated[int, Field(ge=0, le=1_000_000_000)] | None = None
+    """The same as a number of steps, in place of `warmup_ratio`. In a run that has fewer, the rate only rises."""
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up the rate falls along a `cosine` to 0, or stays `constant`."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     """AdamW's decoupled decay, on matrices only: norms and biases are left out."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
@@ -77,6 +87,27 @@ class TrainingOptions(Strict):
     """Longer records are cut at this many tokens, or at the model's context, and counted in the dataset report."""
     train_on_input: bool = False
     """Train on the prompt as well as on the answer."""
+    source: Source = "auto"
+    """What the data files are: `json` (a list, or JSONL: a record a line), `csv` (with a header), `parquet`, or `text`,
+    where each line that is not blank is a record. `auto` goes by the file's ending, else by its content."""
+    data_format: DataFormat = "auto"
+    """The columns of a record: `instruct` {input, output}; `alpaca` {instruction, input, output}, where `input` may be
+    missing, written with Alpaca's two prompts; `sharegpt` {conversations: [{from, value}]}; `messages` {messages:
+    [{role, content}]}; `text` {text}, trained whole, with the end of sequence behind it and no chat template around it.
+    `auto` goes by the columns of the first record of each file, and says what it found."""
+    column_map: dict[str, str] | None = None
+    """What the files call a column, where it is not the standard name: {"input": "question", "output": "answer"}."""
+    new_system_prompt: Annotated[str, Field(max_length=1_000_000)] | None = None
+    """The system prompt of every record, in place of the record's own. It does not go into prompts that are served."""
+    prompt_template: dict[Literal["system", "user", "assistant"], Affixes] | None = None
+    """Text before and after each message of a role: {"user": ["Summarize:\n", "\nSummary:\n"]}. Prompts that are served
+    do not get it by themselves."""
+    split: str = "train"
+    """Which of the records are used, over all files: `train`, or a slice as in `train[:10%]`, `train[100:200]`,
+    `train[-5%:]`."""
+    packed: bool = False
+    """Put several records into one row of `max_seq_len` tokens. None sees another, so only the padding goes away; a
+    batch then has `batch_size` rows."""
     validation_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of the records that is held out; its loss is measured at every checkpoint."""
     save_every_n_steps: Annotated[int, Field(ge=1)] | None = None
@@ -93,9 +124,37 @@ class TrainingOptions(Strict):
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Seeds the shuffle, dropout and LoRA's initial weights."""
 
+    @field_validator("column_map")
+    @classmethod
+    def _known_columns(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        unknown = sorted(set(value or {}) - set(COLUMN_NAMES))
+        if unknown:
+            raise ValueError(f"unknown column {unknown[0]!r:.80}: it maps a name among {', '.join(COLUMN_NAMES)}")
+        return value
+
+    @field_validator("split")
+    @classmethod
+    def _is_a_split(cls, value: str) -> str:
+        try:
+            parse_split(value)
+        except UserError as error:
+            raise ValueError(str(error).removeprefix("split: ")) from error
+        return value
+
     @property
     def peak_learning_rate(self) -> float:
         return DEFAULT_LEARNING_RATE[self.recipe] if self.learning_rate is None else self.learning_rate
+
+    @property
+    def reading(self) -> ReadOptions:
+        """What of the options says how the data files are read."""
+        return ReadOptions(
+            source=self.source,
+            data_format=self.data_format,
+            column_map=self.column_map,
+            new_system_prompt=self.new_system_prompt,
+            prompt_template=None if self.prompt_template is None else {**self.prompt_template},
+        )
 
     def planned_epochs(self, steps_per_epoch: int) -> int:
         """Passes over a dataset that takes so many optimizer steps for one."""
@@ -108,7 +167,9 @@ class RunConfig(TrainingOptions):
     model: str
     """Folder of the base model in Hugging Face format."""
     data_files: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
-    """JSON (a list) or JSONL files of records: {"input", "output"} or {"messages": [{"role", "content"}]}."""
+    """JSON, JSONL, CSV, Parquet or text files, as `source` and `data_format` say; records follow each other in this order."""
+    tokenizer_file: str | None = None
+    """The tokenizer.json or tokenizer.model to use. Default: what is in the model's folder."""
     model_name: str | None = None
     """The base model's public name, written into the adapter. Default: the folder."""
 

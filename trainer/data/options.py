@@ -1,0 +1,36 @@
+"""What a user may say about how data files are read. Torch-free, and imports nothing of the data package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+DataFormat = Literal["auto", "instruct", "alpaca", "sharegpt", "messages", "text"]
+Source = Literal["auto", "json", "csv", "text", "parquet"]
+
+FORMAT_COLUMNS: dict[str, tuple[str, ...]] = {
+    "instruct": ("input", "output"),
+    "alpaca": ("instruction", "output", "input"),
+    "sharegpt": ("conversations",),
+    "messages": ("messages",),
+    "text": ("text",),
+}
+"""The columns that each format reads, by their standard names. Alpaca's `input` may be missing or empty."""
+
+COLUMN_NAMES = tuple(dict.fromkeys(column for columns in FORMAT_COLUMNS.values() for column in columns))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadOptions:
+    """How to read data files; the fields are those of `TrainingOptions`, where they are documented."""
+
+    source: Source = "auto"
+    data_format: DataFormat = "auto"
+    column_map: Mapping[str, str] | None = None
+    new_system_prompt: str | None = None
+    prompt_template: Mapping[str, tuple[str, str]] | None = None
+
+    def column(self, name: str) -> str:
+        """What the user's file calls the column `name`."""
+        return (self.column_map or {}).get(name, name)
