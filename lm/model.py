@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lm.cache import PagedBatch
-from lm.config import ModelConfig, RopeScaling
+from lm.config import ModelConfig
 from lm.ops import AttentionPlan, Ops
+from lm.rope import LinearRope, LlamaRope, YarnRope
 
 Rotation = tuple[Tensor, Tensor]
 LayerCache = tuple[Tensor, Tensor, AttentionPlan]
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+    def __init__(self, size: int, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.weight = nn.Parameter(torch.empty(size))
         self.eps = config.rms_norm_eps
         self.ops = ops
 
@@ -43,12 +44,16 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(hidden, query_size, bias=bias)
         self.k_proj = nn.Linear(hidden, key_value_size, bias=bias)
         self.v_proj = nn.Linear(hidden, key_value_size, bias=bias)
-        self.o_proj = nn.Linear(query_size, hidden, bias=bias)
+        self.o_proj = nn.Linear(query_size, hidden, bias=config.attention_output_bias)
+        self.q_norm = RMSNorm(config.head_dim, config, ops) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config, ops) if config.qk_norm else None
 
     def forward(self, x: Tensor, rotation: Rotation, cache: LayerCache | None) -> Tensor:
         shape = (*x.shape[:2], -1, self.head_dim)  # (B, T, heads, D)
-        value = self.v_proj(x).view(shape)
-        query, key = self.ops.apply_rope(self.q_proj(x).view(shape), self.k_proj(x).view(shape), *rotation)
+        query, key, value = (project(x).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = self.ops.apply_rope(query, key, *rotation)
         if cache is None:
             attended = self.ops.causal_attention(query, key, value)
         else:
@@ -75,8 +80,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, ops)
         self.mlp = MLP(config, ops)
-        self.input_layernorm = RMSNorm(config, ops)
-        self.post_attention_layernorm = RMSNorm(config, ops)
+        self.input_layernorm = RMSNorm(config.hidden_size, config, ops)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config, ops)
 
     def forward(self, x: Tensor, rotation: Rotation, cache: LayerCache | None = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotation, cache)
@@ -88,7 +93,7 @@ class DecoderModel(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config, ops) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config, ops)
+        self.norm = RMSNorm(config.hidden_size, config, ops)
 
 
 class CausalLM(nn.Module):
@@ -106,6 +111,8 @@ class CausalLM(nn.Module):
         )
         # Not a buffer: a cast of the model must not round it
         self.inverse_frequencies = inverse_frequencies(config).to(device)
+        scaling = config.rope_scaling
+        self.attention_factor = scaling.attention_factor if isinstance(scaling, YarnRope) else 1.0
 
     def forward(self, input_ids: Tensor, positions: Tensor, paged: PagedBatch | None = None) -> Tensor:
         """Final-normed hidden states (B, T, W) of tokens (B, T) at positions (B, T).
@@ -140,29 +147,54 @@ class CausalLM(nn.Module):
         """Cosine and sine (B, T, 1, D) in fp32, the sine's first half negated as `apply_rope` wants it."""
         angles = positions[:, :, None, None].float() * self.inverse_frequencies
         cos, sin = angles.cos(), angles.sin()
+        if self.attention_factor != 1.0:
+            cos, sin = cos * self.attention_factor, sin * self.attention_factor
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-
-
-FAMILIES = {"llama": CausalLM}
 
 
 def build_model(config: ModelConfig, *, device: torch.device, dtype: torch.dtype, ops: Ops) -> CausalLM:
     """The model with uninitialised weights in `dtype` on `device`; loading a checkpoint fills them."""
     with torch.device("meta"):
-        model = FAMILIES[config.model_type](config, ops, device)
+        model = CausalLM(config, ops, device)
     return model.to(dtype).to_empty(device=device)
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """(D / 2,) angles per position, in fp32 (Su et al., 2021), stretched as Llama 3.1 does where the config says so."""
+    """(D / 2,) angles per position, in fp32 (Su et al., 2021), stretched as the config says."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
-    return frequencies if config.rope_scaling is None else _stretch(frequencies, config.rope_scaling)
+    match config.rope_scaling:
+        case None:
+            return frequencies
+        case LinearRope(factor=factor):
+            return frequencies / factor
+        case LlamaRope() as scaling:
+            return _stretch_llama3(frequencies, scaling)
+        case YarnRope() as scaling:
+            return _stretch_yarn(frequencies, scaling, config.rope_theta)
 
 
-def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+def _stretch_llama3(frequencies: Tensor, scaling: LlamaRope) -> Tensor:
     """Slow frequencies divided by `factor`, fast ones kept, a linear passage between (Llama 3.1)."""
     original, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
     turns = original * frequencies / (2 * math.pi)  # within the original context
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+
+
+def _stretch_yarn(frequencies: Tensor, scaling: YarnRope, theta: float) -> Tensor:
+    """As Llama 3.1's, but the passage is linear in the dimension (Peng et al., 2023)."""
+    last = 2 * len(frequencies) - 1
+    first, end = (_dimension(turns, scaling, theta, last + 1) for turns in (scaling.beta_fast, scaling.beta_slow))
+    if scaling.truncate:
+        first, end = math.floor(first), math.ceil(end)
+    first, end = max(first, 0), min(end, last)
+    index = torch.arange(len(frequencies), dtype=torch.float32, device="cpu")
+    divide = ((index - first) / (end - first or 0.001)).clamp(0, 1)  # where both meet, a step
+    return divide * frequencies / scaling.factor + (1 - divide) * frequencies
+
+
+def _dimension(turns: float, scaling: YarnRope, theta: float, head_dim: int) -> float:
+    """Index of the frequency that makes so many turns within the original context."""
+    length = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
+    return head_dim * math.log(length) / (2 * math.log(theta))

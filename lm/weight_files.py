@@ -43,7 +43,7 @@ def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
         ("self_attn.q_proj", query, hidden, attention),
         ("self_attn.k_proj", key_value, hidden, attention),
         ("self_attn.v_proj", key_value, hidden, attention),
-        ("self_attn.o_proj", hidden, query, attention),
+        ("self_attn.o_proj", hidden, query, config.attention_output_bias),
         ("mlp.gate_proj", inner, hidden, mlp),
         ("mlp.up_proj", inner, hidden, mlp),
         ("mlp.down_proj", hidden, inner, mlp),
@@ -52,6 +52,9 @@ def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     for prefix in (f"model.layers.{index}." for index in range(config.num_hidden_layers)):
         yield f"{prefix}input_layernorm.weight", (hidden,)
         yield f"{prefix}post_attention_layernorm.weight", (hidden,)
+        if config.qk_norm:
+            yield f"{prefix}self_attn.q_norm.weight", (config.head_dim,)
+            yield f"{prefix}self_attn.k_norm.weight", (config.head_dim,)
         for name, rows, columns, bias in linears:
             yield f"{prefix}{name}.weight", (rows, columns)
             if bias:
@@ -78,8 +81,6 @@ def validate_checkpoint(folder: Path, config: ModelConfig) -> dict[str, TensorEn
             missing.append(name)
         elif entry.shape != shape:
             wrong.append(f"{name} is {_times(entry.shape)} and should be {_times(shape)}")
-        if len(missing) > len(found):  # an absurd num_hidden_layers must not keep us busy
-            break
     wrong += [f"{name} has dtype {entry.dtype}" for name, entry in found.items() if entry.dtype not in FLOAT_DTYPES]
     _refuse(folder, "lacks the tensors", missing)
     _refuse(folder, "does not fit its config.json:", wrong)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from lm.config import ModelConfig, RopeScaling, load_config
+from lm.config import FAMILIES, ModelConfig, load_config
 from lm.errors import NotFoundError, UserError
+from lm.rope import LlamaRope
 from tests.support.tiny import make_tiny_llama
 
 SMOLLM2: dict[str, Any] = {
@@ -30,6 +31,7 @@ SMOLLM2: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+ROPE_TYPES = ["default", "linear", "llama3", "yarn"]
 LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -60,7 +62,7 @@ def test_smollm2_reads_as_published() -> None:
 def test_llama3_scaling_reads_the_same_in_every_spelling(rope: dict[str, Any]) -> None:
     config = ModelConfig.from_dict({key: value for key, value in SMOLLM2.items() if "rope" not in key} | rope)
     assert config.rope_theta == 5e5
-    assert config.rope_scaling == RopeScaling(
+    assert config.rope_scaling == LlamaRope(
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
     )
 
@@ -94,12 +96,12 @@ def test_a_missing_key_has_the_default_of_transformers() -> None:
 @pytest.mark.parametrize(
     ("change", "param", "words"),
     [
-        ({"model_type": "mamba"}, "model_type", "['llama'] (got 'mamba')"),
-        ({"model_type": ["llama"]}, "model_type", "['llama'] (got ['llama'])"),
+        ({"model_type": "mamba"}, "model_type", f"{list(FAMILIES)} (got 'mamba')"),
+        ({"model_type": ["llama"]}, "model_type", f"{list(FAMILIES)} (got ['llama'])"),
         ({"hidden_act": "gelu"}, "hidden_act", "['silu'] (got 'gelu')"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.rope_type", "['default', 'llama3'] (got 'yarn')"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.type", "['default', 'llama3'] (got 'linear')"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type", "(got 'yarn')"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_scaling.rope_type", f"{ROPE_TYPES} (got 'dynamic')"),
+        ({"rope_scaling": {"type": "su"}}, "rope_scaling.type", f"{ROPE_TYPES} (got 'su')"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type", "(got 'longrope')"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.factor", "required and missing"),
         (
             {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0}},

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lm.cache import KVCache, PagedBatch
-from lm.config import SUPPORTED_FAMILIES, load_config
-from lm.model import FAMILIES, CausalLM, build_model, inverse_frequencies
+from lm.config import load_config
+from lm.model import CausalLM, build_model, inverse_frequencies
 from lm.ops import REFERENCE, choose_ops
 from tests.support.tiny import VOCAB_SIZE, load_tiny_llama, make_tiny_llama
 
@@ -200,7 +200,3 @@ def test_meta_would_show_a_value_read_a_data_dependent_shape_and_a_wrong_device(
         there[there > 0]
     with pytest.raises(RuntimeError, match="expected device"):
         there + torch.arange(3)
-
-
-def test_the_families_are_those_that_the_config_reads() -> None:
-    assert tuple(FAMILIES) == SUPPORTED_FAMILIES
