@@ -48,14 +48,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config, ops) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config, ops) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rotation: Rotation, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         shape = (*x.shape[:2], -1, self.head_dim)  # (B, T, heads, D)
         query, key, value = (project(x).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = self.ops.apply_rope(query, key, *rotation)
         if cache is None:
-            attended = self.ops.causal_attention(query, key, value)
+            attended = self.ops.causal_attention(query, key, value, mask)
         else:
             self.ops.write_kv(key, value, *cache)
             attended = self.ops.paged_attention(query, *cache)
@@ -83,8 +83,10 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config, ops)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config, ops)
 
-    def forward(self, x: Tensor, rotation: Rotation, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, cache)
+    def forward(
+        self, x: Tensor, rotation: Rotation, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
@@ -97,7 +99,7 @@ class DecoderModel(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """Llama 2, 3, 3.1, 3.2 and what shares their architecture. Build it with `build_model`."""
+    """Every family of `lm.config.FAMILIES`: they differ in what the config says. Build it with `build_model`."""
 
     def __init__(self, config: ModelConfig, ops: Ops, device: torch.device) -> None:
         super().__init__()
@@ -114,25 +116,53 @@ class CausalLM(nn.Module):
         scaling = config.rope_scaling
         self.attention_factor = scaling.attention_factor if isinstance(scaling, YarnRope) else 1.0
 
-    def forward(self, input_ids: Tensor, positions: Tensor, paged: PagedBatch | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        paged: PagedBatch | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """Final-normed hidden states (B, T, W) of tokens (B, T) at positions (B, T).
 
-        Without `paged` each row is one sequence from its first token, padded on the right if at all. With it, the
-        tokens are appended to the cache and attend to what their rows have there; that form has no gradient.
+        Without `paged` each row is one sequence from its first token, padded on the right if at all, or several:
+        `documents` (B, T) then numbers the document of each token, whose positions begin anew, and a token sees its
+        own document only. With `paged` the tokens are appended to the cache and attend to what their rows have there;
+        that form has no gradient and takes no documents.
         """
         x = self.model.embed_tokens(input_ids)
         rotation = self._rotation(positions)
         if paged is not None:
-            plan = self.ops.plan_attention(paged, positions)
-            for layer, keys, values in zip(self.model.layers, paged.cache.keys, paged.cache.values, strict=True):
-                x = layer(x, rotation, (keys, values, plan))
-        elif self.checkpoint_activations and torch.is_grad_enabled():
-            for layer in self.model.layers:
-                x = checkpoint(layer, x, rotation, use_reentrant=False)
+            return self._decode(x, rotation, positions, paged)
+        masks = self._masks(input_ids, documents)
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            for layer, mask in zip(self.model.layers, masks, strict=True):
+                x = checkpoint(layer, x, rotation, mask, use_reentrant=False)
         else:
-            for layer in self.model.layers:
-                x = layer(x, rotation)
+            for layer, mask in zip(self.model.layers, masks, strict=True):
+                x = layer(x, rotation, mask)
         return self.model.norm(x)  # type: ignore[no-any-return]
+
+    def _decode(self, x: Tensor, rotation: Rotation, positions: Tensor, paged: PagedBatch) -> Tensor:
+        windows = self._windows(paged.block_table.shape[1] * paged.cache.block_size)
+        plans = {window: self.ops.plan_attention(paged, positions, window) for window in dict.fromkeys(windows)}
+        stored = zip(self.model.layers, windows, paged.cache.keys, paged.cache.values, strict=True)
+        for layer, window, keys, values in stored:
+            x = layer(x, rotation, None, (keys, values, plans[window]))
+        return self.model.norm(x)  # type: ignore[no-any-return]
+
+    def _masks(self, input_ids: Tensor, documents: Tensor | None) -> list[Tensor | None]:
+        """One per layer, made once for each window; None where a token sees all before it."""
+        windows = self._windows(input_ids.shape[1])
+        masks = {
+            window: None if window is None and documents is None else self.ops.causal_mask(input_ids, documents, window)
+            for window in dict.fromkeys(windows)
+        }
+        return [masks[window] for window in windows]
+
+    def _windows(self, num_keys: int) -> list[int | None]:
+        """The window of each layer; None, too, where so many keys all lie within it."""
+        return [window if window and window < num_keys else None for window in self.config.sliding_windows]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., W) -> (..., V)."""

@@ -33,16 +33,21 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    groups = query.shape[2] // key.shape[2]
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
+    if mask is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
+    # With a mask the fused kernels take no shared heads, and the one that does would hold the scores
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
 
-def causal_attention_matmul(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def causal_attention_matmul(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """By two products, holding the scores; above MAX_SCORES of them as `causal_attention`, which does not."""
     batch, length, heads, head_dim = query.shape
     if batch * heads * length**2 > MAX_SCORES:
-        return causal_attention(query, key, value)
+        return causal_attention(query, key, value, mask)
     kv_heads = key.shape[2]
     # The heads that share keys stand below each other, as query tokens of one head
     query = (
@@ -51,15 +56,21 @@ def causal_attention_matmul(query: Tensor, key: Tensor, value: Tensor) -> Tensor
         .reshape(-1, heads // kv_heads * length, head_dim)
     )
     key, value = (x.transpose(1, 2).reshape(-1, length, head_dim) for x in (key, value))
-    mask = torch.full((length, length), -torch.inf, dtype=query.dtype, device=query.device).triu(1)
-    scores = torch.baddbmm(mask.repeat(heads // kv_heads, 1), query, key.mT, alpha=head_dim**-0.5)
+    if mask is None:
+        bias = torch.full((length, length), -torch.inf, dtype=query.dtype, device=query.device).triu(1)
+        bias = bias.repeat(heads // kv_heads, 1)
+    else:  # zeros, since the mask differs by row and the products do not
+        bias = query.new_zeros(())
+    scores = torch.baddbmm(bias, query, key.mT, alpha=head_dim**-0.5)
+    if mask is not None:
+        scores = scores.view(batch, heads, length, length).masked_fill(~mask, -torch.inf).view(scores.shape)
     attended = torch.bmm(scores.softmax(-1), value).view(batch, kv_heads, -1, length, head_dim)
     return attended.permute(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
-def plan_attention_additive(paged: PagedBatch, positions: Tensor) -> AttentionPlan:
+def plan_attention_additive(paged: PagedBatch, positions: Tensor, window: int | None) -> AttentionPlan:
     """For a kernel that would turn a boolean mask into an additive one in every layer."""
-    plan = reference.plan_attention(paged, positions)
+    plan = reference.plan_attention(paged, positions, window)
     zero = torch.zeros((), dtype=paged.cache.keys[0].dtype, device=positions.device)
     return replace(plan, mask=torch.where(plan.mask, zero, -torch.inf))
 

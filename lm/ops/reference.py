@@ -36,21 +36,42 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gate * torch.sigmoid(gate) * up
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of (B, T, H, D) over (B, T, KVH, D) where token i sees tokens 0..i. Returns (B, T, H, D)."""
-    index = torch.arange(query.shape[1], device=query.device)
-    return _attend(query, key, value, (index <= index[:, None])[None, None])
+def causal_mask(input_ids: Tensor, documents: Tensor | None, window: int | None) -> Tensor:
+    """Which tokens a token sees, where that is not simply all before it: boolean (B or 1, 1, T, T) for ids (B, T).
+
+    `documents` (B, T) numbers the document of each token of packed rows; a token sees its own document only. With a
+    `window` it sees the last `window` tokens only, itself included.
+    """
+    index = torch.arange(input_ids.shape[1], device=input_ids.device)
+    visible = _within(index, index[:, None], window)[None]
+    if documents is not None:
+        visible = visible & (documents[:, None, :] == documents[:, :, None])
+    return visible[:, None]
 
 
-def plan_attention(paged: PagedBatch, positions: Tensor) -> AttentionPlan:
-    """What all layers of one forward share. `positions` (B, T)."""
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of (B, T, H, D) over (B, T, KVH, D) where token i sees tokens 0..i, or what `mask` shows it.
+
+    Returns (B, T, H, D).
+    """
+    return _attend(query, key, value, causal_mask(query, None, None) if mask is None else mask)
+
+
+def plan_attention(paged: PagedBatch, positions: Tensor, window: int | None) -> AttentionPlan:
+    """What the layers of one forward with this `window` share. `positions` (B, T)."""
     table = paged.block_table
     index = torch.arange(table.shape[1] * paged.cache.block_size, device=positions.device)
     return AttentionPlan(
         slots=paged.slot_mapping.long(),
         blocks=table.flatten(),
-        mask=(index <= positions[:, :, None])[:, None],
+        mask=_within(index, positions[:, :, None], window)[:, None],
     )
+
+
+def _within(index: Tensor, position: Tensor, window: int | None) -> Tensor:
+    """Whether the key at `index` is at or before `position`, and among the last `window` tokens there."""
+    visible = index <= position
+    return visible if window is None else visible & (index > position - window)
 
 
 def write_kv(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, plan: AttentionPlan) -> None:

@@ -12,7 +12,7 @@ from lm.cache import PagedBatch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionPlan:
-    """What every layer of one forward over the cache shares, made once by `plan_attention` and read by its siblings."""
+    """What the layers of one forward over the cache share that have the same window, made once by `plan_attention`."""
 
     slots: Tensor
     """(B * T,) int64: where the new keys and values go."""
@@ -29,7 +29,8 @@ class Ops:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     apply_rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     swiglu: Callable[[Tensor, Tensor], Tensor]
-    causal_attention: Callable[[Tensor, Tensor, Tensor], Tensor]
-    plan_attention: Callable[[PagedBatch, Tensor], AttentionPlan]
+    causal_mask: Callable[[Tensor, Tensor | None, int | None], Tensor]
+    causal_attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    plan_attention: Callable[[PagedBatch, Tensor, int | None], AttentionPlan]
     write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, AttentionPlan], None]
     paged_attention: Callable[[Tensor, Tensor, Tensor, AttentionPlan], Tensor]

@@ -17,7 +17,7 @@ from lm.cache import KVCache, PagedBatch
 from lm.config import load_config
 from lm.model import CausalLM
 from lm.ops import REFERENCE
-from tests.support.tiny import VOCAB_SIZE, load_tiny_llama, make_tiny_llama
+from tests.support.tiny import VOCAB_SIZE, load_tiny_model, make_tiny_llama
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_BLOCKS = 4, 40
@@ -35,7 +35,7 @@ class Chunk:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
-    return load_tiny_llama(make_tiny_llama(tmp_path_factory.mktemp("tiny"), attention_bias=True))
+    return load_tiny_model(make_tiny_llama(tmp_path_factory.mktemp("tiny"), attention_bias=True))
 
 
 def new_cache(model: CausalLM) -> KVCache:
@@ -145,18 +145,18 @@ def test_what_other_rows_hold_does_not_reach_a_row(model: CausalLM) -> None:
 
 def test_a_pure_bf16_model_decodes_from_a_bf16_cache(tmp_path: Path) -> None:
     folder = make_tiny_llama(tmp_path)
-    model, ids = load_tiny_llama(folder, dtype=torch.bfloat16), random_ids(24)
+    model, ids = load_tiny_model(folder, dtype=torch.bfloat16), random_ids(24)
     cache = KVCache.allocate(model.config, NUM_BLOCKS, BLOCK_SIZE, CPU, torch.bfloat16)
     edges = [0, 16, *range(17, 25)]
     chunks = [Chunk(ids, start, end, blocks_of(0, end)) for start, end in pairwise(edges)]
     logits = torch.cat([paged_logits(model, cache, [chunk], (1, 0, 1))[0] for chunk in chunks])
-    exact = whole(load_tiny_llama(folder), ids)
+    exact = whole(load_tiny_model(folder), ids)
     rounding = (whole(model, ids).float() - exact).abs().mean()
     assert (logits.float() - exact).abs().mean() < 1.2 * rounding
 
 
 def test_the_reference_ops_decode_to_the_same_logits(tmp_path: Path) -> None:
-    model, ids = load_tiny_llama(make_tiny_llama(tmp_path), ops=REFERENCE), random_ids(12)
+    model, ids = load_tiny_model(make_tiny_llama(tmp_path), ops=REFERENCE), random_ids(12)
     cache = new_cache(model)
     chunks = [Chunk(ids, 0, 11, blocks_of(0, 11)), Chunk(ids, 11, 12, blocks_of(0, 12))]
     logits = torch.cat([paged_logits(model, cache, [chunk], (1, 1, 1))[0] for chunk in chunks])

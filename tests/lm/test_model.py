@@ -16,7 +16,7 @@ from lm.cache import KVCache, PagedBatch
 from lm.config import load_config
 from lm.model import CausalLM, build_model, inverse_frequencies
 from lm.ops import REFERENCE, choose_ops
-from tests.support.tiny import VOCAB_SIZE, load_tiny_llama, make_tiny_llama
+from tests.support.tiny import VOCAB_SIZE, load_tiny_model, make_tiny_llama
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -75,13 +75,13 @@ def test_logits_equal_those_of_transformers(variant: dict[str, Any], tmp_path: P
     ids = random_ids(2, 200)
     expected = theirs_logits(folder, ids)
     assert expected.std() > 0.5, "logits that are all alike would prove nothing"
-    torch.testing.assert_close(logits_of(load_tiny_llama(folder), ids), expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(logits_of(load_tiny_llama(folder, ops=REFERENCE), ids), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits_of(load_tiny_model(folder), ids), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits_of(load_tiny_model(folder, ops=REFERENCE), ids), expected, rtol=0, atol=1e-4)
 
 
 def test_llama3_scaling_matters_in_that_comparison(tmp_path: Path) -> None:
     folder = make_tiny_llama(tmp_path, rope_parameters=LLAMA3_ROPE)
-    scaled, ids = load_tiny_llama(folder), random_ids(1, 200)
+    scaled, ids = load_tiny_model(folder), random_ids(1, 200)
     plain = copy.copy(scaled)
     plain.inverse_frequencies = inverse_frequencies(load_config(make_tiny_llama(tmp_path, rope_parameters=PLAIN_ROPE)))
     assert (logits_of(scaled, ids) - logits_of(plain, ids)).abs().max() > 0.1
@@ -98,7 +98,7 @@ def test_llama31_frequencies_equal_those_of_transformers(head_dim: int, tmp_path
 def test_bf16_weights_are_as_near_to_fp32_as_in_transformers(tiny: Path) -> None:
     ids = random_ids(2, 100)
     exact = theirs_logits(tiny, ids)
-    ours = logits_of(load_tiny_llama(tiny, dtype=torch.bfloat16), ids)
+    ours = logits_of(load_tiny_model(tiny, dtype=torch.bfloat16), ids)
     assert ours.dtype == torch.bfloat16
     their_error = (theirs_logits(tiny, ids, torch.bfloat16).float() - exact).square().mean().sqrt()
     our_error = (ours.float() - exact).square().mean().sqrt()
@@ -106,7 +106,7 @@ def test_bf16_weights_are_as_near_to_fp32_as_in_transformers(tiny: Path) -> None
 
 
 def test_a_cast_of_the_model_does_not_round_its_rotation(tiny: Path) -> None:
-    model = load_tiny_llama(tiny)
+    model = load_tiny_model(tiny)
     before = model.inverse_frequencies.clone()
     model.to(torch.bfloat16)
     assert torch.equal(model.inverse_frequencies, before)
@@ -116,13 +116,13 @@ def test_a_cast_of_the_model_does_not_round_its_rotation(tiny: Path) -> None:
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 def test_parameters_have_the_names_and_the_number_that_the_config_says(variant: dict[str, Any], tmp_path: Path) -> None:
     folder = make_tiny_llama(tmp_path, **variant)
-    model = load_tiny_llama(folder)
+    model = load_tiny_model(folder)
     assert set(model.state_dict()) == set(load_file(folder / "model.safetensors"))
     assert sum(parameter.numel() for parameter in model.parameters()) == load_config(folder).num_parameters
 
 
 def test_right_padding_does_not_change_a_row(tiny: Path) -> None:
-    model, ids = load_tiny_llama(tiny), random_ids(2, 40)
+    model, ids = load_tiny_model(tiny), random_ids(2, 40)
     ids[0, 25:] = 0
     alone = logits_of(model, ids[:1, :25])
     torch.testing.assert_close(logits_of(model, ids)[:1, :25], alone, rtol=0, atol=1e-5)
@@ -137,7 +137,7 @@ def train_gradients(model: CausalLM, ids: Tensor) -> dict[str, Tensor]:
 
 def test_gradients_equal_those_of_transformers(tiny: Path) -> None:
     ids = random_ids(2, 30)
-    ours = train_gradients(load_tiny_llama(tiny), ids)
+    ours = train_gradients(load_tiny_model(tiny), ids)
     theirs = transformers.LlamaForCausalLM.from_pretrained(tiny)
     theirs(ids, labels=ids).loss.backward()
     expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
@@ -147,7 +147,7 @@ def test_gradients_equal_those_of_transformers(tiny: Path) -> None:
 
 
 def test_activation_checkpointing_gives_the_same_gradients(tiny: Path) -> None:
-    model, ids = load_tiny_llama(tiny), random_ids(2, 30)
+    model, ids = load_tiny_model(tiny), random_ids(2, 30)
     plain = train_gradients(model, ids)
     calls = count_calls(model.model.layers[0])
     model.checkpoint_activations = True
@@ -163,7 +163,7 @@ def count_calls(module: torch.nn.Module) -> list[None]:
 
 
 def test_autocast_keeps_the_residual_and_the_gradients_in_fp32(tiny: Path) -> None:
-    model, ids = load_tiny_llama(tiny), random_ids(2, 30)
+    model, ids = load_tiny_model(tiny), random_ids(2, 30)
     exact = train_gradients(model, ids)
     model.checkpoint_activations = True
     with torch.autocast("cpu", dtype=torch.bfloat16):

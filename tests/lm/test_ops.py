@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import pytest
@@ -127,25 +129,44 @@ def test_swiglu(device: str, dtype: torch.dtype) -> None:
         assert_same(got, expected)
 
 
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [4, 4, 4, 4, 4, 4, 5]])
+MASKS = {
+    "causal": None,
+    "window": reference.causal_mask(DOCUMENTS, None, 3),
+    "documents": reference.causal_mask(DOCUMENTS, DOCUMENTS, None),
+    "documents and window": reference.causal_mask(DOCUMENTS, DOCUMENTS, 2),
+}
+
+
 @every_heads
 @every_choice
 @every_dtype
-def test_causal_attention(device: str, dtype: torch.dtype, heads: int, kv_heads: int) -> None:
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_causal_attention(device: str, dtype: torch.dtype, heads: int, kv_heads: int, mask: Tensor | None) -> None:
     query = random(2, 7, heads, HEAD_DIM, dtype=dtype)
     key, value = (random(2, 7, kv_heads, HEAD_DIM, dtype=dtype, seed=seed) for seed in (1, 2))
-    ours = ops_for(device, dtype).causal_attention
-    assert_same(ours(query, key, value), reference.causal_attention(query, key, value))
-    for got, expected in zip(
-        gradients(ours, query, key, value), gradients(reference.causal_attention, query, key, value), strict=True
-    ):
+    ours = partial(ops_for(device, dtype).causal_attention, mask=mask)
+    theirs = partial(reference.causal_attention, mask=mask)
+    assert_same(ours(query, key, value), theirs(query, key, value))
+    for got, expected in zip(gradients(ours, query, key, value), gradients(theirs, query, key, value), strict=True):
         assert_same(got, expected, widen=3)
+
+
+def test_a_mask_shows_the_last_tokens_of_the_own_document_only() -> None:
+    """By definition, pair by pair."""
+    for documents, window in [(None, None), (None, 3), (DOCUMENTS, None), (DOCUMENTS, 2), (DOCUMENTS, 100)]:
+        mask = reference.causal_mask(DOCUMENTS, documents, window)
+        assert mask.shape == (1 if documents is None else 2, 1, 7, 7)
+        for row, i, j in itertools.product(range(mask.shape[0]), range(7), range(7)):
+            is_own = documents is None or bool(documents[row, i] == documents[row, j])
+            assert bool(mask[row, 0, i, j]) is (i - (window or 7) < j <= i and is_own)
 
 
 def test_bf16_attention_on_the_cpu_keeps_the_scores_up_to_a_bound_only(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = (random(2, 64, heads, HEAD_DIM, dtype=BF16, seed=heads) for heads in (9, 3, 3))
     query.requires_grad_()
     ours, num_scores = ops_for("cpu", BF16).causal_attention, 2 * 9 * 64 * 64
-    expected = reference.causal_attention(query, key, value)
+    expected = reference.causal_attention(query, key, value, None)
     for bound in (num_scores, num_scores - 1):
         monkeypatch.setattr(native, "MAX_SCORES", bound)
         kept: list[int] = []
@@ -155,15 +176,15 @@ def test_bf16_attention_on_the_cpu_keeps_the_scores_up_to_a_bound_only(monkeypat
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            assert_same(ours(query, key, value), expected)
+            assert_same(ours(query, key, value, None), expected)
         assert (max(kept) == num_scores) is (bound == num_scores)
 
 
 def test_causal_attention_does_not_look_ahead() -> None:
     query, key, value = (random(1, 6, 2, HEAD_DIM, seed=seed) for seed in range(3))
-    before = reference.causal_attention(query, key, value)[:, :4]
+    before = reference.causal_attention(query, key, value, None)[:, :4]
     key[:, 4:], value[:, 4:] = 99.0, 99.0
-    assert torch.equal(reference.causal_attention(query, key, value)[:, :4], before)
+    assert torch.equal(reference.causal_attention(query, key, value, None)[:, :4], before)
 
 
 def paged_batch(heads: int, kv_heads: int, length: int, dtype: torch.dtype) -> tuple[PagedBatch, Tensor]:
@@ -194,14 +215,17 @@ def paged_batch(heads: int, kv_heads: int, length: int, dtype: torch.dtype) -> t
 @every_heads
 @every_choice
 @every_dtype
+@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("length", [1, 4])
-def test_paged_attention(device: str, dtype: torch.dtype, heads: int, kv_heads: int, length: int) -> None:
+def test_paged_attention(
+    device: str, dtype: torch.dtype, heads: int, kv_heads: int, length: int, window: int | None
+) -> None:
     ops = ops_for(device, dtype)
     paged, positions = paged_batch(heads, kv_heads, length, dtype)
     query = random(4, length, heads, HEAD_DIM, dtype=dtype)
     keys, values = paged.cache.keys[0], paged.cache.values[0]
-    expected = reference.paged_attention(query, keys, values, reference.plan_attention(paged, positions))
-    ours = ops.paged_attention(query, keys, values, ops.plan_attention(paged, positions))
+    expected = reference.paged_attention(query, keys, values, reference.plan_attention(paged, positions, window))
+    ours = ops.paged_attention(query, keys, values, ops.plan_attention(paged, positions, window))
     assert ours.shape == query.shape
     assert_same(ours, expected)
 
@@ -210,10 +234,10 @@ def test_paged_attention_reference_equals_causal_attention_over_the_same_keys() 
     paged, positions = paged_batch(4, 2, 4, FP32)
     query = random(4, 4, 4, HEAD_DIM)
     keys, values = paged.cache.keys[0], paged.cache.values[0]
-    paged_result = reference.paged_attention(query, keys, values, reference.plan_attention(paged, positions))
+    paged_result = reference.paged_attention(query, keys, values, reference.plan_attention(paged, positions, None))
     key, value = (stored[[4, 7, 2]].flatten(0, 1)[None] for stored in (keys, values))
     ahead = random(1, 8, 4, HEAD_DIM, seed=5)  # queries of positions 0 to 7, before those of row 0
-    causal = reference.causal_attention(torch.cat((ahead, query[:1]), 1), key, value)
+    causal = reference.causal_attention(torch.cat((ahead, query[:1]), 1), key, value, None)
     torch.testing.assert_close(paged_result[0], causal[0, 8:])
 
 
@@ -226,7 +250,7 @@ def test_write_kv(device: str, dtype: torch.dtype) -> None:
     results = []
     for ops in (REFERENCE, ops_for(device, dtype)):
         keys, values = paged.cache.keys[0].clone(), paged.cache.values[0].clone()
-        ops.write_kv(key, value, keys, values, ops.plan_attention(paged, positions))
+        ops.write_kv(key, value, keys, values, ops.plan_attention(paged, positions, None))
         results.append((keys, values))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     keys, values = results[0]
@@ -235,12 +259,15 @@ def test_write_kv(device: str, dtype: torch.dtype) -> None:
 
 
 @every_choice
-def test_the_plan_shows_a_query_the_keys_up_to_its_position(device: str) -> None:
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_plan_shows_a_query_the_keys_up_to_its_position(device: str, window: int | None) -> None:
     paged, positions = paged_batch(4, 2, 4, FP32)
-    plan = ops_for(device, FP32).plan_attention(paged, positions)
+    plan = ops_for(device, FP32).plan_attention(paged, positions, window)
     assert isinstance(plan, AttentionPlan)
     visible = plan.mask if plan.mask.dtype == torch.bool else plan.mask == 0
-    assert torch.equal(visible.sum(-1).squeeze(1), positions + 1)
+    first = visible.flatten(0, 2).int().argmax(-1)
+    assert torch.equal(visible.sum(-1).squeeze(1), (positions + 1).clamp(max=window or 99))
+    assert torch.equal(first, (positions.flatten() + 1 - (window or 99)).clamp(min=0))
 
 
 def test_the_choice_gives_a_reason_for_each_op() -> None:

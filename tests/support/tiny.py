@@ -1,4 +1,4 @@
-"""Tiny random llamas in Hugging Face format: real checkpoints, tokenizer and template included, made in a moment."""
+"""Tiny random models in Hugging Face format: real checkpoints, tokenizer and template included, made in a moment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from lm import model as ours
 from lm.config import load_config
@@ -40,15 +50,27 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def make_tiny_llama(folder: Path, *, seed: int = 0, **config_overrides: Any) -> Path:
-    """Write a random llama with a byte-level tokenizer and a ChatML template into `folder`, and return it.
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {"qwen3": {"head_dim": 16}}
+"""Where the class's own default is no tiny model's."""
 
-    Overrides are LlamaConfig's arguments. The same arguments give the same bytes.
+
+def make_tiny_model(folder: Path, family: str, *, seed: int = 0, **config_overrides: Any) -> Path:
+    """Write a random model with a byte-level tokenizer and a ChatML template into `folder`, and return it.
+
+    `family` is a `model_type`; overrides are arguments of its config class in transformers. The same arguments give
+    the same bytes.
     """
-    config = LlamaConfig(**(DEFAULTS | config_overrides))
+    config_class, model_class = CLASSES[family]
+    config = config_class(**(DEFAULTS | FAMILY_DEFAULTS.get(family, {}) | config_overrides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = model_class(config)
         _randomize_vectors(model)
     ids = {"bos_token_id": BOS, "eos_token_id": config.eos_token_id, "pad_token_id": EOS}
     model.generation_config = GenerationConfig.from_dict(ids)
@@ -57,7 +79,11 @@ def make_tiny_llama(folder: Path, *, seed: int = 0, **config_overrides: Any) -> 
     return folder
 
 
-def load_tiny_llama(folder: Path, *, dtype: torch.dtype = torch.float32, ops: Ops | None = None) -> ours.CausalLM:
+def make_tiny_llama(folder: Path, *, seed: int = 0, **config_overrides: Any) -> Path:
+    return make_tiny_model(folder, "llama", seed=seed, **config_overrides)
+
+
+def load_tiny_model(folder: Path, *, dtype: torch.dtype = torch.float32, ops: Ops | None = None) -> ours.CausalLM:
     """Our model with the weights of such a folder, on the CPU."""
     device = torch.device("cpu")
     model = ours.build_model(load_config(folder), device=device, dtype=dtype, ops=ops or choose_ops(device, dtype)[0])
@@ -88,7 +114,7 @@ def write_tiny_tokenizer(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
-def _randomize_vectors(model: LlamaForCausalLM) -> None:
+def _randomize_vectors(model: torch.nn.Module) -> None:
     """Norm weights start at 1 and biases at 0; a mistake there must show."""
     for parameter in model.parameters():
         if parameter.ndim == 1:
