@@ -66,8 +66,8 @@ def test_the_wheel_holds_the_packages_with_their_configs_and_data_and_nothing_el
         *("lm", "trainer", "service", "configs", "examples"),
         f"tuneserve-{__version__}.dist-info",
     }
-    shipped = [*ROOT.glob("configs/*.yaml"), *ROOT.glob("examples/*.json")]
-    assert len(shipped) >= 4
+    shipped = [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("examples/*.json")]
+    assert len(shipped) >= 54
     assert {str(path.relative_to(ROOT)) for path in shipped} <= set(names)
     assert "License-Expression: Apache-2.0" in metadata
 
