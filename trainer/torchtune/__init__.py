@@ -1,0 +1,1 @@
+"""torchtune's configurations in our own terms. Torch-free."""
