@@ -14,9 +14,9 @@ from lm.lora import add_lora
 from lm.model import build_model
 from lm.ops import REFERENCE
 from service.shipped import find_config
+from tests.support.model_shapes import SHAPES, Shape
 from trainer.config import RunConfig, load_run_config
 from trainer.publish import lora_spec
-from tests.support.model_shapes import SHAPES, Shape
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = {"full": "full_finetune_single_device", "lora": "lora_finetune_single_device"}
