@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,8 +24,10 @@ from lm.template import load_template
 from lm.tokenizer import load_tokenizer
 from trainer.config import RunConfig
 from trainer.data.batches import Batch, epoch_steps, in_batches, steps_per_epoch
-from trainer.data.dataset import Dataset, load_dataset
+from trainer.data.dataset import Dataset, Example, load_dataset
+from trainer.data.packing import pack
 from trainer.data.records import Record, read_records
+from trainer.data.split import parse_split, take
 from trainer.loss import summed_cross_entropy
 from trainer.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from trainer.outcome import NonFiniteLoss
@@ -73,7 +75,7 @@ class FineTuneRecipe:
         seed_everything(self.config.seed, self.device)
         self.dataset = self._load_dataset()
         self.steps_per_epoch = steps_per_epoch(
-            len(self.dataset.training),
+            len(self.rows),
             batch_size=self.config.batch_size,
             accumulation=self.config.gradient_accumulation_steps,
         )
@@ -125,7 +127,7 @@ class FineTuneRecipe:
         """Sum of the losses of a batch's trained tokens, as a tensor on the device."""
         batch = batch.to(self.device)
         with self._autocast():
-            hidden = self.model(batch.input_ids, batch.positions)
+            hidden = self.model(batch.input_ids, batch.positions, documents=batch.documents)
         rows = hidden.flatten(0, 1).index_select(0, batch.target_rows).to(self.precision.dtype)
         return summed_cross_entropy(rows, self.model.output_weight, batch.targets)
 
@@ -161,27 +163,45 @@ class FineTuneRecipe:
     # ---- parts of setup
 
     def _load_dataset(self) -> Dataset:
-        files = [read_records(Path(name)) for name in self.config.data_files]
-        template = load_template(self.base, load_tokenizer(self.base))
+        file = self.config.tokenizer_file
+        tokenizer = load_tokenizer(self.base) if file is None else load_tokenizer(self.base, Path(file))
+        template = load_template(self.base, tokenizer)
         log.info("Tokenizer is initialized from file.")
+        self.max_seq_len = min(self.config.max_seq_len, self.model_config.max_position_embeddings)
         dataset = load_dataset(
-            self._until_cancelled(itertools.chain.from_iterable(files)),
+            take(parse_split(self.config.split), self._records),
             template,
-            max_seq_len=min(self.config.max_seq_len, self.model_config.max_position_embeddings),
+            max_seq_len=self.max_seq_len,
             train_on_input=self.config.train_on_input,
             validation_split=self.config.validation_split,
             seed=self.config.seed,
         )
-        self.progress.event("dataset", **dataset.report())
+        self.rows = self._pack(dataset.training)
+        self._report_dataset(dataset)
+        return dataset
+
+    def _records(self) -> Iterator[Record]:
+        for name in self.config.data_files:
+            for record in read_records(Path(name), options=self.config.reading):
+                self.check_cancelled()
+                yield record
+
+    def _pack(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """What an epoch goes over: the examples, or rows of several."""
+        return pack(examples, self.max_seq_len) if self.config.packed else examples
+
+    def _report_dataset(self, dataset: Dataset) -> None:
+        report = dataset.report()
+        how = "by their columns" if self.config.data_format == "auto" else "as data_format says"
+        log.info(f"Data: {', '.join(f'{count} records of {name}' for name, count in dataset.formats.items())}, {how}.")
+        if self.config.packed:
+            share = report["tokens"] / (len(self.rows) * self.max_seq_len)
+            log.info(f"Packed {report['records']} records into {len(self.rows)} rows, {share:.1%} of them filled.")
+            report["rows"] = len(self.rows)
+        self.progress.event("dataset", **report)
         for warning in dataset.warnings:
             log.warning(warning)
             self.progress.event("warning", message=warning)
-        return dataset
-
-    def _until_cancelled(self, records: Iterable[Record]) -> Iterator[Record]:
-        for record in records:
-            self.check_cancelled()
-            yield record
 
     def _load_model(self) -> CausalLM:
         is_lora = self.config.recipe == "lora"
@@ -221,7 +241,7 @@ class FineTuneRecipe:
 
     def _steps(self, epoch: int) -> Iterator[list[Batch]]:
         return epoch_steps(
-            self.dataset.training,
+            self.rows,
             batch_size=self.config.batch_size,
             accumulation=self.config.gradient_accumulation_steps,
             seed=self.config.seed,
@@ -234,6 +254,8 @@ class FineTuneRecipe:
             total_steps=self.total_steps,
             peak=self.config.peak_learning_rate,
             warmup_ratio=self.config.warmup_ratio,
+            warmup_steps=self.config.warmup_steps,
+            schedule=self.config.lr_schedule,
         )
 
     def _check_finite(self, **numbers: float) -> None:

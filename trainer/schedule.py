@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 
-def learning_rate(step: int, *, total_steps: int, peak: float, warmup_ratio: float) -> float:
-    """The rate of optimizer step `step`, counted from 1: up along a line to `peak`, then down along a cosine to 0.
+def learning_rate(
+    step: int,
+    *,
+    total_steps: int,
+    peak: float,
+    warmup_ratio: float,
+    warmup_steps: int | None = None,
+    schedule: Literal["cosine", "constant"] = "cosine",
+) -> float:
+    """The rate of optimizer step `step`, counted from 1: up along a line to `peak`, then down along a cosine to 0, or
+    constant.
 
-    The first step already learns (peak / warm-up steps, not 0), and 0 would be reached one step after the last.
+    `warmup_steps` goes before `warmup_ratio`. The first step already learns (peak / warm-up steps, not 0), and 0 would
+    be reached one step after the last. Behind the warm-up the cosine is that of torchtune and transformers.
     """
-    warmup = math.ceil(warmup_ratio * total_steps)
+    warmup = math.ceil(warmup_ratio * total_steps) if warmup_steps is None else warmup_steps
     if step <= warmup:
         return peak * step / warmup
+    if schedule == "constant":
+        return peak
     progress = (step - 1 - warmup) / (total_steps - warmup)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))

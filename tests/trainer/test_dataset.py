@@ -6,7 +6,8 @@ import pytest
 
 from lm.template import ChatTemplate
 from trainer.data.dataset import Dataset, Example, load_dataset
-from trainer.data.records import DataError, Record
+from trainer.data.errors import DataError
+from trainer.data.records import Record
 
 
 def record(prompt: str, answer: str, number: int = 1, unused: tuple[str, ...] = ()) -> Record:

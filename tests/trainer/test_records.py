@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.records import MAX_RECORD_BYTES, DataError, check_records, read_records, to_messages
+from trainer.data.errors import MAX_RECORD_BYTES, DataError
+from trainer.data.records import check_records, read_records, to_record
 
 PAIR = {"input": "Who are you?", "output": "I am Tuna."}
 PAIR_MESSAGES = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Tuna."}]
@@ -189,7 +190,7 @@ def test_every_text_survives_both_forms(
     tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]], indent: int | None
 ) -> None:
     records = [{"input": prompt, "output": answer} for prompt, answer in pairs]
-    expected = [to_messages(record, "here") for record in records]
+    expected = [to_record(record, "here").messages for record in records]
     folder = tmp_path_factory.mktemp("records")
     lines = "\n".join(json.dumps(record, ensure_ascii=indent is None) for record in records)
     assert [r.messages for r in read_records(write(folder, lines))] == expected

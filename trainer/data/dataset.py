@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lm.errors import UserError
 from lm.template import ChatTemplate
-from trainer.data.records import DataError, Record
+from lm.tokenizer import Tokenizer
+from trainer.data.errors import DataError
+from trainer.data.records import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,8 @@ class Example:
     ids: array[int]
     trained: array[int]
     """Positions in `ids` whose token is predicted and trained; never 0, which nothing precedes. Not empty."""
+    lengths: array[int] | None = None
+    """In a packed row the tokens of each of its examples, one after the other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +34,8 @@ class Dataset:
     """Records that were longer than max_seq_len."""
     longest: int
     """Tokens of the longest record, before it was cut."""
+    formats: Mapping[str, int]
+    """How many records were written in which form."""
     warnings: Sequence[str]
 
     def report(self) -> dict[str, int]:
@@ -56,10 +63,12 @@ def load_dataset(
     untrained: list[str] = []
     unused_columns: dict[str, None] = {}
     lengths: list[int] = []
+    formats: Counter[str] = Counter()
     for record in records:
         ids, mask = _encode(record, template, train_on_input)
         example = Example(array("i", ids[:max_seq_len]), _trained_positions(mask[:max_seq_len]))
         lengths.append(len(ids))
+        formats[record.data_format] += 1
         unused_columns.update(dict.fromkeys(record.unused_columns))
         if example.trained:
             examples.append(example)
@@ -72,15 +81,27 @@ def load_dataset(
         validation=validation,
         truncated=sum(length > max_seq_len for length in lengths),
         longest=max(lengths),
+        formats=formats,
         warnings=_warnings(untrained, len(lengths), list(unused_columns), max_seq_len),
     )
 
 
 def _encode(record: Record, template: ChatTemplate, train_on_input: bool) -> tuple[list[int], list[bool]]:
+    if record.text is not None:
+        return _encode_text(record.text, template.tokenizer)
     try:
         return template.encode_with_mask(record.messages, train_on_input=train_on_input)
     except UserError as error:
         raise DataError(f"{record.where}: {error}") from error
+
+
+def _encode_text(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """The text as this tokenizer begins one, with the end of sequence behind it, which it may write itself."""
+    ids = tokenizer.encode(text)
+    end = list(tokenizer.eos_token_ids[:1])
+    if ids[-1:] != end:
+        ids = ids + end
+    return ids, [True] * len(ids)
 
 
 def _trained_positions(mask: list[bool]) -> array[int]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from lm.errors import UserError
+from trainer.data.errors import DataError
+
+ItemT = TypeVar("ItemT")
 
 WHOLE = "train"
 MEND = "write train, train[:10%], train[100:200] or train[-5%:]"
@@ -71,3 +77,19 @@ def _checked(start: str | None, start_unit: str | None, stop: str | None, stop_u
     if same_sign and bounds[0] >= bounds[1]:
         raise UserError(f"split: {text!r:.80} holds nothing: it stops before it starts; {MEND}", param="split")
     return split
+
+
+def take(split: Split, read: Callable[[], Iterator[ItemT]]) -> Iterator[ItemT]:
+    """The items of `read()` that `split` names. They are read twice where they must be counted first.
+
+    Raises DataError where there is none.
+    """
+    count = sum(1 for _ in read()) if split.needs_count else None
+    start, stop = split.bounds(count)
+    is_empty = True
+    for item in itertools.islice(read(), start, stop):
+        is_empty = False
+        yield item
+    if is_empty:
+        of = "" if count is None else f" of the {count}"
+        raise DataError(f"split: {split.text!r:.80} holds none{of} records; choose a larger slice", param="split")
