@@ -1,11 +1,16 @@
-"""Small tokenizers in the three styles that llama-family models use, trained on a few lines, with real templates."""
+"""Small tokenizers in the three styles that llama-family models use, trained on a few lines, with real templates;
+and the two kinds of `tokenizer.model`.
+"""
 
 from __future__ import annotations
 
+import io
 import json
+from base64 import b64encode
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 CORPUS = (
@@ -55,6 +60,55 @@ def write_tokenizer(folder: Path, style: str) -> None:
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
+def make_sentencepiece(path: Path, model_type: Literal["bpe", "unigram"] = "bpe", **options: Any) -> None:
+    """Train a SentencePiece model as Llama 2 has it (identity normalization, byte fallback) and write it to `path`.
+
+    `options` are those of SentencePieceTrainer, such as `user_defined_symbols`, and win over Llama 2's.
+    """
+    model = io.BytesIO()
+    llama2: dict[str, Any] = {
+        "vocab_size": 600,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "split_digits": True,
+        "character_coverage": 0.99,
+        "hard_vocab_limit": False,
+        "num_threads": 1,
+        "minloglevel": 2,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for text in CORPUS for line in text.split("\n") if line] * 4),
+        model_writer=model,
+        model_type=model_type,
+        **llama2 | options,
+    )
+    path.write_bytes(model.getvalue())
+
+
+def make_tiktoken_file(path: Path) -> int:
+    """Write a `tokenizer.model` as Llama 3 has it, a base64 token and its rank per line. Returns the number of ranks.
+
+    The tokens' ids are 0..ranks-1; the 256 special tokens follow.
+    """
+    byte_of = {character: byte for byte, character in enumerate(_byte_alphabet())}
+    vocab = _llama3_words([]).get_vocab()
+    lines = [
+        b64encode(bytes(byte_of[character] for character in token)) + b" %d\n" % rank
+        for token, rank in sorted(vocab.items(), key=lambda item: item[1])
+    ]
+    path.write_bytes(b"".join(lines))
+    return len(lines)
+
+
+def _byte_alphabet() -> list[str]:
+    """The character by which GPT-2's byte-level BPE writes each byte: printable ones as they are, others from U+0100."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
 def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data), encoding="utf-8")
 
@@ -68,17 +122,21 @@ def _smollm2() -> Tokenizer:
 
 
 def _llama3() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
-    words = pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated")
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, level])
     specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    tokenizer = _train(tokenizer, specials)
+    tokenizer = _llama3_words(specials)
     begin = processors.TemplateProcessing(
         single="<|begin_of_text|> $A", pair="$A $B", special_tokens=[("<|begin_of_text|>", 0)]
     )
     tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), begin])
     return tokenizer
+
+
+def _llama3_words(specials: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    words = pre_tokenizers.Split(Regex(LLAMA3_WORDS), behavior="isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, level])
+    return _train(tokenizer, specials)
 
 
 def _train(tokenizer: Tokenizer, specials: list[str]) -> Tokenizer:
