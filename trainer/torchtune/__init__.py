@@ -1,1 +1,1 @@
-"""torchtune's configurations in our own terms. Torch-free."""
+"""torchtune's configurations, read and translated into our own options. Torch-free; nothing named in one is imported."""
