@@ -1,5 +1,6 @@
 """Weights from a model folder into a model, and from a model into a folder that transformers and vLLM load.
 
+What is read may be safetensors or the files of torch.save; what is written is safetensors under Hugging Face's names.
 A folder is published whole: one with its final name is complete, and it is never written again.
 """
 
@@ -10,20 +11,28 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lm.config import load_config
+from lm.config import ModelConfig, load_config, read_hf_config
 from lm.errors import UserError
 from lm.folder import publish
+from lm.layout import ORIGINAL, config_name, has_safetensors, warn_of_unread
 from lm.model import CausalLM
-from lm.template import DEFAULT_ORIGIN, DEFAULT_TEMPLATE, find_template
-from lm.weight_files import INDEX_FILE, SINGLE_FILE, TensorEntry, validate_checkpoint
+from lm.pickled_weights import open_pickled, read_pickled
+from lm.template import find_template
+from lm.tokenizer import load_tokenizer
+from lm.weight_files import INDEX_FILE, SINGLE_FILE, validate_checkpoint
 
 SHARD_BYTES = 5_000_000_000
+TOKENIZER_FILE, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
+ORIGINAL_TOKENIZER = f"{ORIGINAL}/{TOKENIZER_MODEL}"
+OWN_TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")
+"""Where a base's own template stands, as `find_template` says it."""
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -39,25 +48,31 @@ COMPANIONS = (
 """What makes weights a model that others can use; copied from the base where it has it."""
 
 
-def load_weights(model: CausalLM, folder: Path) -> None:
-    """Fill every parameter of `model` from the safetensors files of `folder`, cast to the model's dtype.
+def validate_weights(folder: Path, config: ModelConfig) -> None:
+    """Raise what `load_weights` would refuse, from headers and file tables alone; no weights are read."""
+    if has_safetensors(folder):
+        validate_checkpoint(folder, config)
+    else:
+        open_pickled(folder, config)
 
-    One tensor at a time is in memory beside the model. Raises UserError, before anything is read, when the tensors
-    are not exactly those of the model.
+
+def load_weights(model: CausalLM, folder: Path) -> None:
+    """Fill every parameter of `model` from the files of `folder` (see `lm.layout`), cast to the model's dtype.
+
+    One tensor at a time is in memory beside the model, of a tied checkpoint that has a head, two. Raises UserError,
+    before a parameter has changed, when the tensors are not exactly those of the model.
     """
-    entries = validate_checkpoint(folder, model.config)
     parameters = dict(model.named_parameters())
-    by_file: dict[Path, list[str]] = {}
-    for name, entry in entries.items():
-        by_file.setdefault(entry.file, []).append(name)
+    head: Tensor | None = None
+    read = _read_safetensors if has_safetensors(folder) else read_pickled
     with torch.no_grad():
-        for path, names in by_file.items():
-            with safe_open(path, framework="pt") as file:
-                for name in names:
-                    if name in parameters:
-                        parameters[name].copy_(file.get_tensor(name))
-    if model.lm_head is None and (head := entries.get("lm_head.weight")):
-        _check_tied_head(model, head)
+        for name, tensor in read(folder, model.config):
+            if name in parameters:
+                parameters[name].copy_(tensor)
+            elif model.lm_head is None:
+                head = tensor
+    if head is not None:
+        _check_tied_head(model, head, folder)
 
 
 def save_model(
@@ -71,16 +86,17 @@ def save_model(
     """Publish `state` (names as in `CausalLM.state_dict()`) as the model folder `final`, cast to `dtype`.
 
     config.json, with its dtype set, and tokenizer, template and generation settings come from `config_folder`, the
-    base model. A base without a chat template gets the default one that it was used with. Raises FileExistsError when
+    base model; a base in Meta's format gets Hugging Face's config.json and tokenizer.json. One without a chat template
+    gets the default one that it was used with. Raises FileExistsError when
     `final` exists, UserError when `state` does not fit the config.
     """
     with publish(final) as folder:
-        for name in COMPANIONS:
-            if (config_folder / name).is_file():
-                shutil.copyfile(config_folder / name, folder / name)
+        _copy_companions(config_folder, folder)
         _write_config(config_folder, folder, dtype)
-        if find_template(config_folder)[1] == DEFAULT_ORIGIN:
-            (folder / "chat_template.jinja").write_text(DEFAULT_TEMPLATE, encoding="utf-8")
+        _write_tokenizer(config_folder, folder, load_config(config_folder))
+        template, origin = find_template(config_folder)
+        if origin not in OWN_TEMPLATES:
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         _write_weights(state, folder, dtype, shard_bytes)
         validate_checkpoint(folder, load_config(folder))
 
@@ -95,26 +111,70 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_tied_head(model: CausalLM, head: TensorEntry) -> None:
+def _read_safetensors(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors, file by file. Raises UserError before the first one."""
+    warn_of_unread(folder)
+    by_file: dict[Path, list[str]] = {}
+    for name, entry in validate_checkpoint(folder, config).items():
+        by_file.setdefault(entry.file, []).append(name)
+    for path, names in by_file.items():
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                yield name, file.get_tensor(name)
+
+
+def _check_tied_head(model: CausalLM, head: Tensor, folder: Path) -> None:
     """A tied checkpoint may repeat its embedding as the head; another head would be dropped in silence."""
     embedding = model.model.embed_tokens.weight
-    with safe_open(head.file, framework="pt") as file:
-        same = torch.equal(file.get_tensor("lm_head.weight").to(embedding.dtype), embedding.detach().cpu())
-    if not same:
+    if not torch.equal(head.to(embedding.dtype), embedding.detach().cpu()):
         raise UserError(
-            f"{head.file} holds an lm_head.weight unlike its embedding, but tie_word_embeddings is true: set it to "
-            "false in config.json, or remove the tensor",
+            f"{folder} holds an lm_head.weight unlike its embedding, but tie_word_embeddings is true: set it to "
+            f"false in its {config_name(folder)}, or remove the tensor",
             param="model",
         )
 
 
+def _copy_companions(source: Path, folder: Path) -> None:
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if (source / ORIGINAL_TOKENIZER).is_file():
+        (folder / ORIGINAL_TOKENIZER).parent.mkdir()
+        shutil.copyfile(source / ORIGINAL_TOKENIZER, folder / ORIGINAL_TOKENIZER)
+
+
+def _write_tokenizer(source: Path, folder: Path, config: ModelConfig) -> None:
+    """For a base that has Meta's tokenizer.model alone: in a form, or in the place, in which transformers reads it."""
+    models = [path for path in (source / TOKENIZER_MODEL, source / ORIGINAL_TOKENIZER) if path.is_file()]
+    if (source / TOKENIZER_FILE).is_file() or not models:
+        return
+    tokenizer = load_tokenizer(source)
+    exported = tokenizer.tokenizer_json()
+    if exported is None:
+        shutil.copyfile(models[0], folder / TOKENIZER_MODEL)
+        return
+    (folder / TOKENIZER_FILE).write_text(exported, encoding="utf-8")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+        **tokenizer.special_tokens,
+    }
+    if not (folder / "tokenizer_config.json").is_file():
+        _write_json(folder / "tokenizer_config.json", settings)
+
+
 def _write_config(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_hf_config(source)
     name = str(dtype).removeprefix("torch.")
     config["dtype"] = name
     if "torch_dtype" in config:  # transformers 4 reads this one
         config["torch_dtype"] = name
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_json(folder / "config.json", config)
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_weights(state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
@@ -128,7 +188,7 @@ def _write_weights(state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
     if len(shards) > 1:
         total = sum(tensor.numel() for tensor in state.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _write_json(folder / INDEX_FILE, index)
 
 
 def _shards(state: Mapping[str, Tensor], itemsize: int, shard_bytes: int) -> Iterator[list[str]]:

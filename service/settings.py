@@ -12,6 +12,7 @@ import yaml
 from pydantic import BeforeValidator, Field
 
 from lm.errors import UserError
+from lm.layout import is_model_folder
 from trainer.config import ConfigLoader, Strict, parse_options, read_config
 
 PREFIX = "TUNESERVE_"
@@ -110,13 +111,13 @@ class Settings(Strict):
     def model_dir(self) -> Path:
         """The folder of the base model. Links stay: its name is what the model is called. Raises UserError."""
         for folder in (self.models_dir / self.model, Path(self.model).expanduser()):
-            if (folder / "config.json").is_file():
+            if is_model_folder(folder):
                 return Path(os.path.abspath(folder))
-        known = sorted(path.parent.name for path in self.models_dir.glob("*/config.json"))
+        known = sorted(path.name for path in self.models_dir.glob("*") if is_model_folder(path))
         have = f"{self.models_dir} holds {', '.join(known)}" if known else f"{self.models_dir} is empty"
         raise UserError(
             f"model: there is no model {self.model!r}: {have}. `tuneserve pull {self.model}` gets one; "
-            "or name a folder in Hugging Face format",
+            "or name a folder in Hugging Face's or Meta's format",
             param="model",
         )
 

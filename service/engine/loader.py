@@ -11,13 +11,12 @@ from typing import TypeVar
 
 import torch
 
-from lm.checkpoint import load_weights, weights_hash
+from lm.checkpoint import load_weights, validate_weights, weights_hash
 from lm.config import ModelConfig, load_config
 from lm.errors import UserError
 from lm.lora import merge_adapter
 from lm.model import CausalLM, build_model
 from lm.ops import Ops
-from lm.weight_files import validate_checkpoint
 
 HOST = torch.device("cpu")
 ResultT = TypeVar("ResultT")
@@ -68,7 +67,7 @@ def check_source(source: Source, target: Target) -> ModelConfig:
         raise UserError(
             f"{source.base_dir} has another architecture than the engine serves: {'; '.join(different)}", param="model"
         )
-    validate_checkpoint(source.base_dir, config)
+    validate_weights(source.base_dir, config)
     return config
 
 
