@@ -5,7 +5,8 @@ Where a key is missing, the value is the default of the family's config class in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -188,14 +189,13 @@ def load_config(folder: Path) -> ModelConfig:
     """
     path = _config_path(folder)
     data = _read(path)
-    try:
+    with _naming(path):
         config = ModelConfig.from_dict(data)
-    except UserError as error:
-        raise UserError(f"{path}: {error}", param=error.param) from error
     generation = folder / "generation_config.json"
     if not generation.is_file():
         return config
-    extra = Fields(read_json_object(generation), f"{generation}: ").token_ids("eos_token_id")
+    with _naming(generation):
+        extra = Fields(read_json_object(generation)).token_ids("eos_token_id")
     return replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + extra)))
 
 
@@ -221,8 +221,15 @@ def _read(path: Path) -> dict[str, Any]:
     data = read_json_object(path)
     if path.name == CONFIG_FILE:
         return data
-    try:
+    with _naming(path):
         return hf_config(data)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file's name before the mistakes that are found in it."""
+    try:
+        yield
     except UserError as error:
         raise UserError(f"{path}: {error}", param=error.param) from error
 

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import AutoConfig
 
 from lm.config import FAMILIES, ModelConfig, load_config
 from lm.errors import NotFoundError, UserError
-from lm.rope import LlamaRope
 from tests.support.tiny import make_tiny_llama
 
 SMOLLM2: dict[str, Any] = {
@@ -31,13 +30,6 @@ SMOLLM2: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-ROPE_TYPES = ["default", "linear", "llama3", "yarn"]
-LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 def test_smollm2_reads_as_published() -> None:
@@ -50,47 +42,90 @@ def test_smollm2_reads_as_published() -> None:
     assert config.kv_bytes_per_token(2) == 30 * 2 * 3 * 64 * 2
 
 
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+QWEN: dict[str, Any] = {"num_attention_heads": 32, "num_hidden_layers": 4}  # 32 key/value heads are its default
+
+
+def theirs(family: str, data: dict[str, Any]) -> Any:
+    return AutoConfig.for_model(family, **{key: value for key, value in data.items() if key != "model_type"})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_missing_key_has_the_default_of_transformers(family: str) -> None:
+    data = {key: (SMOLLM2 | {"hidden_size": 512} | QWEN)[key] for key in SIZES}
+    expected, ours = theirs(family, data), ModelConfig.from_dict({"model_type": family} | data)
+    for name in (
+        *("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"),
+        *("bos_token_id", "pad_token_id"),
+    ):
+        assert getattr(ours, name) == getattr(expected, name), name
+    assert ours.head_dim == getattr(expected, "head_dim", 16)
+    assert ours.rope_theta == expected.rope_parameters["rope_theta"]
+    assert ours.eos_token_ids == (() if expected.eos_token_id is None else (expected.eos_token_id,))
+
+
+def biases(family: str, **change: Any) -> tuple[bool, bool, bool]:
+    config = ModelConfig.from_dict(SMOLLM2 | {"model_type": family, "num_key_value_heads": 3} | change)
+    return config.attention_bias, config.attention_output_bias, config.mlp_bias
+
+
+def test_a_family_has_its_biases_and_reads_no_key_that_it_does_not_have() -> None:
+    every = {"attention_bias": True, "mlp_bias": True}
+    assert biases("llama") == (False, False, False)
+    assert biases("llama", **every) == (True, True, True)
+    assert biases("mistral") == biases("mistral", **every) == (False, False, False)
+    assert biases("qwen2") == biases("qwen2", **every) == (True, False, False)
+    assert biases("qwen3") == (False, False, False)
+    assert biases("qwen3", **every) == (True, True, False)
+
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 5}
+TYPES = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+
+
 @pytest.mark.parametrize(
-    "rope",
+    ("family", "change", "windows"),
     [
-        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
-        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}},
-        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3}},
-        {"rope_theta": 5e5, "rope_parameters": {"rope_type": "llama3", **LLAMA3}},
+        ("llama", {"sliding_window": 5}, [None] * 4),
+        ("mistral", {}, [4096] * 4),
+        ("mistral", {"sliding_window": None}, [None] * 4),
+        ("mistral", {"sliding_window": 5}, [5] * 4),
+        ("mistral", {"sliding_window": 5, "layer_types": ["sliding_attention"] * 4}, [5] * 4),
+        ("qwen2", {}, [None] * 4),
+        ("qwen2", {"sliding_window": 5}, [None] * 4),
+        ("qwen2", {"use_sliding_window": True}, [None] * 4),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, [None] * 4),
+        ("qwen2", {**WINDOW, "max_window_layers": 0}, [5] * 4),
+        ("qwen2", {**WINDOW, "max_window_layers": 3}, [None, None, None, 5]),
+        ("qwen3", {**WINDOW, "max_window_layers": 3, "layer_types": TYPES}, [None, 5, 5, None]),
     ],
 )
-def test_llama3_scaling_reads_the_same_in_every_spelling(rope: dict[str, Any]) -> None:
-    config = ModelConfig.from_dict({key: value for key, value in SMOLLM2.items() if "rope" not in key} | rope)
-    assert config.rope_theta == 5e5
-    assert config.rope_scaling == LlamaRope(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-    )
+def test_windows_are_those_of_transformers(family: str, change: dict[str, Any], windows: list[int | None]) -> None:
+    data = SMOLLM2 | {"model_type": family, "num_hidden_layers": 4} | change
+    assert list(ModelConfig.from_dict(data).sliding_windows) == windows
+    expected = theirs(family, data)
+    window = getattr(expected, "sliding_window", None) if family != "llama" else None
+    types = getattr(expected, "layer_types", None) or ["sliding_attention"] * 4
+    assert [window if kind == "sliding_attention" else None for kind in types] == windows
 
 
-@pytest.mark.parametrize("rope", [{"rope_scaling": {"rope_type": "default"}}, {"rope_parameters": {}}, {}])
-def test_plain_rope_reads_the_same_in_every_spelling(rope: dict[str, Any]) -> None:
-    config = ModelConfig.from_dict(SMOLLM2 | rope)
-    assert (config.rope_theta, config.rope_scaling) == (100000, None)
-
-
-def test_a_missing_key_has_the_default_of_transformers() -> None:
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    theirs: Any = LlamaConfig(**{key: SMOLLM2[key] for key in sizes})
-    ours = ModelConfig.from_dict({"model_type": "llama"} | {key: SMOLLM2[key] for key in sizes})
-    for name in (
-        "num_key_value_heads",
-        "head_dim",
-        "rms_norm_eps",
-        "max_position_embeddings",
-        "tie_word_embeddings",
-        "attention_bias",
-        "mlp_bias",
-        "bos_token_id",
-        "pad_token_id",
-    ):
-        assert getattr(ours, name) == getattr(theirs, name), name
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert ours.eos_token_ids == (theirs.eos_token_id,)
+@pytest.mark.parametrize(
+    ("family", "change", "param", "words"),
+    [
+        ("qwen2", {**WINDOW, "layer_types": TYPES[:3]}, "layer_types", "a list of 4 names"),
+        ("qwen2", {**WINDOW, "layer_types": ["chunked_attention"] * 4}, "layer_types", "['full_attention', "),
+        ("qwen3", {"layer_types": TYPES}, "layer_types", "since there is no sliding window"),
+        ("mistral", {"sliding_window": 5, "layer_types": TYPES}, "layer_types", "all layers have the window"),
+        ("mistral", {"sliding_window": 0}, "sliding_window", "a positive integer (got 0)"),
+        ("qwen2", {**WINDOW, "max_window_layers": -1}, "max_window_layers", "0 or more (got -1)"),
+        ("qwen2", {"use_sliding_window": 1}, "use_sliding_window", "true or false (got 1)"),
+    ],
+)
+def test_windows_that_contradict_are_refused(family: str, change: dict[str, Any], param: str, words: str) -> None:
+    with pytest.raises(UserError, match=f"^{param}: ") as caught:
+        ModelConfig.from_dict(SMOLLM2 | {"model_type": family, "num_hidden_layers": 4} | change)
+    assert caught.value.param == param
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -99,16 +134,6 @@ def test_a_missing_key_has_the_default_of_transformers() -> None:
         ({"model_type": "mamba"}, "model_type", f"{list(FAMILIES)} (got 'mamba')"),
         ({"model_type": ["llama"]}, "model_type", f"{list(FAMILIES)} (got ['llama'])"),
         ({"hidden_act": "gelu"}, "hidden_act", "['silu'] (got 'gelu')"),
-        ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_scaling.rope_type", f"{ROPE_TYPES} (got 'dynamic')"),
-        ({"rope_scaling": {"type": "su"}}, "rope_scaling.type", f"{ROPE_TYPES} (got 'su')"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type", "(got 'longrope')"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.factor", "required and missing"),
-        (
-            {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1.0}},
-            "rope_scaling.high_freq_factor",
-            "more than low_freq_factor = 1.0 (got 1.0)",
-        ),
-        ({"rope_scaling": "llama3"}, "rope_scaling", "must be an object (got 'llama3')"),
         ({"quantization_config": {"bits": 4}}, "quantization_config", "unquantised"),
         ({"vocab_size": 0}, "vocab_size", "a positive integer (got 0)"),
         ({"hidden_size": "576"}, "hidden_size", "a positive integer (got '576')"),
@@ -116,7 +141,6 @@ def test_a_missing_key_has_the_default_of_transformers() -> None:
         ({"num_key_value_heads": 4}, "num_key_value_heads", "must divide num_attention_heads = 9 (got 4)"),
         ({"head_dim": 63}, "head_dim", "even"),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps", "a positive number (got -1e-05)"),
-        ({"rope_theta": float("inf")}, "rope_theta", "a positive number (got inf)"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings", "true or false (got 'yes')"),
         ({"bos_token_id": "<s>"}, "bos_token_id", "(got '<s>')"),
         ({"eos_token_id": [2, "</s>"]}, "eos_token_id", "(got [2, '</s>'])"),
@@ -152,6 +176,14 @@ def test_end_of_sequence_ids_of_both_files_count(tmp_path: Path) -> None:
     assert load_config(tmp_path).eos_token_ids == (2, 7)
     generation.unlink()
     assert load_config(tmp_path).eos_token_ids == (2,)
+
+
+def test_a_wrong_generation_config_is_refused_with_its_path(tmp_path: Path) -> None:
+    make_tiny_llama(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id: must be a token id") as caught:
+        load_config(tmp_path)
+    assert caught.value.param == "eos_token_id"
 
 
 def test_a_folder_that_is_not_there_is_not_found(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every family against transformers: whole sequences, the block cache, shapes."""
+"""Every family against transformers: whole sequences, the block cache, shapes, LoRA."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lm.cache import KVCache, PagedBatch
 from lm.config import FAMILIES, load_config
+from lm.lora import LINEAR_LAYERS, LoraSpec, add_lora, lora_parameters, merge_adapter, save_adapter
 from lm.model import CausalLM, build_model
 from lm.ops import REFERENCE, choose_ops
 from lm.weight_files import expected_shapes
@@ -138,3 +140,34 @@ def test_a_forward_creates_all_on_its_device_and_reads_no_value(ops_of: str, fam
         for hidden in (model(ids, ids), model(ids, ids, documents=ids), model(ids, ids, paged)):
             assert hidden.shape == (3, 40, config.hidden_size)
             assert hidden.device == device
+
+
+# ---- LoRA
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama", "attention bias"), ("mistral", "window"), ("qwen2", "plain"), ("qwen3", "attention bias")],
+)
+def test_an_adapter_of_every_family_is_that_of_peft(family: str, name: str, tmp_path: Path, figure: Figure) -> None:
+    """Loaded by peft, merged by us, and merged by peft."""
+    folder, ids = make(tmp_path / "base", family, name), random_ids(2, 60)
+    spec = LoraSpec(rank=4, alpha=8.0, dropout=0.0, target_modules=LINEAR_LAYERS)
+    model = load_tiny_model(folder)
+    add_lora(model, spec)
+    for parameter in lora_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(0))
+    save_adapter(model, spec, tmp_path / "adapter", base_model=str(folder))
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    merged = load_tiny_model(folder)
+    assert (logits_of(merged, ids) - expected).abs().max() > 0.1
+    merge_adapter(merged, tmp_path / "adapter")
+    apart = {
+        "beside": difference(logits_of(model, ids), expected),
+        "merged": difference(logits_of(merged, ids), expected),
+    }
+    figure(f"{family}: LoRA, largest difference of logits from peft", worst(apart))
