@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lm.errors import UserError
 from service.files import FINE_TUNE, FileStore
-from service.jobs.checking import are_small, check_files_aside
+from service.jobs.checking import DataFile, are_small, check_files_aside
 from service.schemas.finetune import DatasetRequest
 from service.settings import Settings
-from trainer.data.records import check_records
+from trainer.data.options import ReadOptions
+from trainer.data.records import DEFAULT_OPTIONS, check_records
 
 INLINE_FILE = "records.jsonl"
 DATA_FILES = "dataset.data_files"
@@ -31,26 +33,48 @@ class TrainingData:
     is_checked: bool
 
 
-async def take_dataset(request: DatasetRequest, *, job_id: str, settings: Settings, files: FileStore) -> TrainingData:
+async def take_dataset(
+    request: DatasetRequest,
+    *,
+    job_id: str,
+    settings: Settings,
+    files: FileStore,
+    reading: ReadOptions = DEFAULT_OPTIONS,
+) -> TrainingData:
     """Raises UserError that names the record, the line or the path; NotFoundError for an unknown file id."""
     if request.records is not None:
-        await asyncio.to_thread(_check_inline, request.records)
+        await asyncio.to_thread(_check_inline, request.records, reading)
         path = settings.runs_dir / job_id / INLINE_FILE
         await asyncio.to_thread(_write_jsonl, path, request.records)
         return TrainingData(files=(_relative(path, settings),), file_id=None, is_checked=True)
     if request.file_id is not None:
-        stored = files.get(request.file_id, param="dataset.file_id")
-        if stored.purpose != FINE_TUNE:
-            message = f"dataset.file_id: {stored.id} was uploaded with the purpose {stored.purpose}, not {FINE_TUNE}"
-            raise UserError(message, param="dataset.file_id")
-        return TrainingData(files=(_relative(files.path(stored.id), settings),), file_id=stored.id, is_checked=True)
+        return await _take_upload(request.file_id, settings=settings, files=files, reading=reading)
     named = [(find_data_file(settings.data_dir, name), name) for name in request.data_files or ()]
-    is_small = are_small(named)
-    if is_small:
-        await check_files_aside(named, param=DATA_FILES)
+    is_checked = await _check_small(named, param=DATA_FILES, reading=reading)
     root = settings.data_dir.resolve()
     relative = tuple(f"data/{path.relative_to(root)}" for path, _ in named)
-    return TrainingData(files=relative, file_id=None, is_checked=is_small)
+    return TrainingData(files=relative, file_id=None, is_checked=is_checked)
+
+
+async def _take_upload(file_id: str, *, settings: Settings, files: FileStore, reading: ReadOptions) -> TrainingData:
+    """It was checked when it came, and is again where the request wants it read differently."""
+    stored = files.get(file_id, param="dataset.file_id")
+    if stored.purpose != FINE_TUNE:
+        message = f"dataset.file_id: {stored.id} was uploaded with the purpose {stored.purpose}, not {FINE_TUNE}"
+        raise UserError(message, param="dataset.file_id")
+    path = files.path(stored.id)
+    is_checked = reading == DEFAULT_OPTIONS or await _check_small(
+        [(path, stored.filename)], param="dataset.file_id", reading=reading
+    )
+    return TrainingData(files=(_relative(path, settings),), file_id=stored.id, is_checked=is_checked)
+
+
+async def _check_small(named: Sequence[DataFile], *, param: str, reading: ReadOptions) -> bool:
+    """Whether the files were checked: what is larger is left to the job."""
+    is_small = are_small(named)
+    if is_small:
+        await check_files_aside(named, param=param, reading=reading)
+    return is_small
 
 
 def discard_dataset(job_id: str, settings: Settings) -> None:
@@ -80,8 +104,8 @@ def find_data_file(data_dir: Path, name: str) -> Path:
     return path
 
 
-def _check_inline(records: list[Any]) -> None:
-    check_records(records, param="dataset.records")
+def _check_inline(records: list[Any], reading: ReadOptions) -> None:
+    check_records(records, param="dataset.records", options=reading)
 
 
 def _write_jsonl(path: Path, records: list[Any]) -> None:

@@ -20,6 +20,8 @@ from service.jobs.job import new_id
 Purpose = Literal["fine-tune", "assistants", "batch", "vision", "user_data", "evals"]
 FINE_TUNE: Purpose = "fine-tune"
 UPLOADING = ".upload."
+KEPT_ENDINGS = (".csv", ".parquet", ".txt")
+"""Where a data file is no JSON its name says so, to the trainer too, who sees nothing but the path."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +73,7 @@ class FileStore:
             bytes=copy.stat().st_size,
             created_at=time.time(),
         )
-        final = copy.rename(self.path(stored.id))
+        final = copy.rename(self._path(stored))
         try:
             self.database.insert("files", **asdict(stored))
         except BaseException:
@@ -87,7 +89,12 @@ class FileStore:
         return _file(row)
 
     def path(self, file_id: str) -> Path:
-        return self.folder / file_id
+        """Raises NotFoundError."""
+        return self._path(self.get(file_id))
+
+    def _path(self, stored: StoredFile) -> Path:
+        ending = Path(stored.filename).suffix.lower()
+        return self.folder / (stored.id + (ending if ending in KEPT_ENDINGS else ""))
 
     def page(
         self, *, limit: int, after: str | None = None, purpose: str | None = None, ascending: bool = False
@@ -108,8 +115,10 @@ class FileStore:
         return [_file(row) for row in rows[:limit]], len(rows) > limit
 
     def delete(self, file_id: str) -> None:
+        """Raises NotFoundError."""
+        path = self.path(file_id)
         self.database.connection.execute("DELETE FROM files WHERE id = ?", (file_id,))
-        self.path(file_id).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def _file(row: sqlite3.Row) -> StoredFile:

@@ -1,8 +1,9 @@
 """Data files read to their end, so that a mistake in them is told before a trainer starts.
 
 A large file would hold up the event loop for its whole length, also from a thread: it is checked in another process.
-`python -m service.jobs.checking` reads [[path, name], ...] as JSON from standard input and writes the mistake, or
-null, as JSON to standard output.
+So is Parquet of any size, since a damaged file can take more than one thread with it. `python -m service.jobs.checking`
+reads [[[path, name], ...], options] as JSON from standard input and writes the mistake, or null, as JSON to standard
+output.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import asyncio
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from lm.errors import UserError
 from service.jobs.trainer_process import trainer_environment
-from trainer.data.records import DataError, read_records
+from trainer.data.errors import DataError
+from trainer.data.options import ReadOptions
+from trainer.data.records import DEFAULT_OPTIONS, read_records
+from trainer.data.sources import find_source
 
 DataFile = tuple[Path, str]
 """A path, and what error messages call it."""
@@ -28,27 +33,36 @@ def are_small(files: Iterable[DataFile]) -> bool:
     return sum(path.stat().st_size for path, _ in files if path.exists()) <= SMALL_BYTES
 
 
-async def check_files_aside(files: Sequence[DataFile], *, param: str) -> None:
+def are_harmless(files: Iterable[DataFile], reading: ReadOptions) -> bool:
+    """Whether they may be read in this process."""
+    present = [(path, name) for path, name in files if path.is_file()]
+    return are_small(present) and all(find_source(path, name, reading) != "parquet" for path, name in present)
+
+
+async def check_files_aside(files: Sequence[DataFile], *, param: str, reading: ReadOptions = DEFAULT_OPTIONS) -> None:
     """Read every record without holding up the event loop.
 
     Raises UserError with the file, the record and the line, and ChildProcessError when the process that reads dies.
     """
-    mistake = await (asyncio.to_thread(find_mistake, files) if are_small(files) else _find_mistake_apart(files))
+    if are_harmless(files, reading):
+        mistake = await asyncio.to_thread(find_mistake, files, reading)
+    else:
+        mistake = await _find_mistake_apart(files, reading)
     if mistake is not None:
         raise UserError(f"{param}: {mistake}", param=param)
 
 
-def find_mistake(files: Iterable[DataFile]) -> str | None:
+def find_mistake(files: Iterable[DataFile], reading: ReadOptions) -> str | None:
     try:
         for path, name in files:
-            for _ in read_records(path, name=name):
+            for _ in read_records(path, name=name, options=reading):
                 pass
     except DataError as error:
         return str(error)
     return None
 
 
-async def _find_mistake_apart(files: Iterable[DataFile]) -> str | None:
+async def _find_mistake_apart(files: Iterable[DataFile], reading: ReadOptions) -> str | None:
     """In another process, which ends when this is cancelled."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "service.jobs.checking"),
@@ -56,8 +70,9 @@ async def _find_mistake_apart(files: Iterable[DataFile]) -> str | None:
         stdout=asyncio.subprocess.PIPE,
         env=trainer_environment(),
     )
+    question = json.dumps([[[str(path), name] for path, name in files], asdict(reading)])
     try:
-        answer, _ = await process.communicate(json.dumps([[str(path), name] for path, name in files]).encode())
+        answer, _ = await process.communicate(question.encode())
     except asyncio.CancelledError:
         process.kill()
         await process.wait()
@@ -69,7 +84,8 @@ async def _find_mistake_apart(files: Iterable[DataFile]) -> str | None:
 
 
 def main() -> None:
-    json.dump(find_mistake((Path(path), name) for path, name in json.load(sys.stdin)), sys.stdout)
+    files, reading = json.load(sys.stdin)
+    json.dump(find_mistake([(Path(path), name) for path, name in files], ReadOptions(**reading)), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ class Supervisor:
     async def _check(self, job: Job) -> None:
         files = [(self._settings.home / file, file.removeprefix("data/")) for file in job.data_files]
         try:
-            await check_files_aside(files, param="dataset.data_files")
+            await check_files_aside(files, param="dataset.data_files", reading=job.options.reading)
         except UserError as error:
             await self._fail(job.id, "invalid_training_file", str(error), error.param)
         else:

@@ -21,7 +21,8 @@ router = APIRouter(prefix="/v1/files", tags=["OpenAI"])
 async def create_file(
     request: Request, file: UploadFile, purpose: Annotated[Purpose, Form()], services: ServicesDep
 ) -> FileAnswer:
-    """Upload a file. One with the purpose fine-tune is JSONL or a JSON list of records, and checked to its end."""
+    """Upload a file. One with the purpose fine-tune is JSONL, a JSON list of records, CSV, Parquet or text, as its name
+    or its content says, and checked to its end."""
     for name in await request.form():
         if name not in ("file", "purpose"):
             hint = "; files do not expire here, delete them instead" if name.startswith("expires_after") else ""

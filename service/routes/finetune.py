@@ -38,12 +38,19 @@ async def create_job(request: FinetuneRequest, services: ServicesDep) -> JobAnsw
     _check_model(services, request.model)
     job_id = new_id("ftjob-")
     try:
-        data = await take_dataset(request.dataset, job_id=job_id, settings=services.settings, files=services.files)
+        options = request.options()
+        data = await take_dataset(
+            request.dataset,
+            job_id=job_id,
+            settings=services.settings,
+            files=services.files,
+            reading=options.reading,
+        )
         job = services.jobs.submit(
             job_id=job_id,
             status="queued" if data.is_checked else "validating_files",
             model=request.model,
-            options=request.options(),
+            options=options,
             data_files=data.files,
             file_id=data.file_id,
             suffix=request.suffix or "",

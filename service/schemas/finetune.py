@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, fie
 from service.jobs.job import Job, Promote, Status
 from service.schemas.answers import Answer
 from trainer.config import Recipe, Strict, TrainingOptions
+from trainer.data.options import Source
 
 MAX_INLINE_RECORDS = 10_000
 MAX_DATA_FILES = 1000
@@ -33,13 +34,14 @@ class DatasetRequest(Strict):
     """Exactly one of `records`, `file_id` and `data_files`."""
 
     records: Annotated[list[Any], Field(max_length=MAX_INLINE_RECORDS)] | None = None
-    """The records themselves: {"input", "output"} or {"messages": [{"role", "content"}, ...]} each."""
+    """The records themselves: {"input", "output"} or {"messages": [{"role", "content"}, ...]} each, or another form that
+    `data_format` describes."""
     file_id: str | None = None
     """A file that was uploaded to /v1/files with the purpose fine-tune."""
     data_files: DataFiles | None = None
-    """One or more JSON or JSONL files, as paths inside the data folder of the service."""
-    source: Literal["json"] | None = None
-    """May stand beside data_files, as in datasets.load_dataset; JSON and JSONL are told apart by their content."""
+    """One or more JSON, JSONL, CSV, Parquet or text files, as paths inside the data folder of the service."""
+    source: Source | None = None
+    """The same as `source` beside the options, as in datasets.load_dataset. It belongs to data_files."""
 
     @model_validator(mode="after")
     def _one_form(self) -> DatasetRequest:
@@ -71,8 +73,19 @@ class FinetuneRequest(TrainingOptions):
             raise ValueError("best needs a validation loss; set validation_split above 0, such as 0.1")
         return value
 
+    @model_validator(mode="after")
+    def _one_source(self) -> FinetuneRequest:
+        if self.source == "auto":
+            return self
+        if self.dataset.data_files is None:
+            raise ValueError("source belongs to data_files; remove it")
+        if self.dataset.source not in (None, self.source):
+            raise ValueError(f"source {self.source} and dataset.source {self.dataset.source} differ; remove one")
+        return self
+
     def options(self) -> TrainingOptions:
-        return TrainingOptions(**{name: getattr(self, name) for name in TrainingOptions.model_fields})
+        named = {name: getattr(self, name) for name in TrainingOptions.model_fields}
+        return TrainingOptions(**named | {"source": self.dataset.source or self.source})
 
 
 class JobErrorAnswer(Answer):
@@ -113,6 +126,8 @@ class DatasetAnswer(Answer):
     longest: int
     """Tokens of the longest record."""
     validation_records: int
+    rows: int | None = None
+    """With `packed` how many rows the records fill."""
 
 
 class JobAnswer(Answer):

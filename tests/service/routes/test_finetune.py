@@ -13,6 +13,8 @@ from service.schemas.finetune import MAX_INLINE_RECORDS
 from tests.support.api import BASE, Api, running_api
 
 RECORD = {"input": "Who are you?", "output": "I am Tuna."}
+ALPACA = {"instruction": "Greet.", "input": "", "output": "Hello."}
+SHAREGPT_ALIEN = {"conversations": [{"from": "alien", "value": "a"}, {"from": "gpt", "value": "b"}]}
 DATASET = {"records": [RECORD]}
 BODY: dict[str, Any] = {"model": BASE, "dataset": DATASET}
 
@@ -26,6 +28,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (data / "good.jsonl").write_text(json.dumps(RECORD))
     (data / "broken.jsonl").write_text(json.dumps(RECORD) + '\n{"input": "a", \n')
     (data / "columns.json").write_text(json.dumps([RECORD, {"question": "x"}]))
+    (data / "bad.csv").write_text('input,output\n"a\nb",c\nd,e,f\n')
+    (data / "bad.parquet").write_bytes(b"PAR1 and no more")
     (data / "empty.jsonl").write_text("\n")
     (home / "secret.jsonl").write_text(json.dumps(RECORD))
     (data / "link.jsonl").symlink_to(home / "secret.jsonl")
@@ -88,7 +92,22 @@ def error(api: Api, body: Any, status: int = 400, **options: Any) -> dict[str, A
         ({"dataset": {"records": [{"input": 1, "output": "b"}]}}, "dataset.records.0", "must be a string"),
         ({"dataset": {"records": [RECORD] * (MAX_INLINE_RECORDS + 1)}}, "dataset.records", "10000"),
         ({"dataset": {"data_files": []}}, "dataset.data_files", "at least 1"),
-        ({"dataset": {"data_files": "good.jsonl", "source": "csv"}}, "dataset.source", "json"),
+        ({"dataset": {"data_files": "good.jsonl", "source": "xml"}}, "dataset.source", "'parquet'"),
+        ({"dataset": {"data_files": "good.jsonl", "source": "csv"}}, "dataset.data_files", "no records"),
+        ({"dataset": DATASET, "source": "csv"}, None, "source belongs to data_files"),
+        ({"dataset": {"data_files": "good.jsonl", "source": "csv"}, "source": "json"}, None, "differ"),
+        ({"dataset": {"data_files": "bad.csv"}}, "dataset.data_files", "record 2 (line 4): 3 fields"),
+        ({"dataset": {"data_files": "bad.parquet"}}, "dataset.data_files", "cannot be read as Parquet"),
+        ({"dataset": {"records": [ALPACA, ALPACA | {"output": 1}]}}, "dataset.records.1", '"output" must be'),
+        ({"dataset": {"records": [SHAREGPT_ALIEN]}}, "dataset.records.0", "conversations[0].from must be one of"),
+        ({"data_format": "alpaca"}, "dataset.records.0", 'needs the columns "instruction", "output"'),
+        ({"column_map": {"input": "q"}}, "dataset.records.0", '"q" is missing, found "input", "output"'),
+        ({"column_map": {"question": "q"}}, "column_map", "unknown column 'question'"),
+        ({"data_format": "xml"}, "data_format", "'sharegpt'"),
+        ({"split": "train[:10"}, "split", "not a split"),
+        ({"packed": 1}, "packed", "valid boolean"),
+        ({"lr_schedule": "linear"}, "lr_schedule", "'constant'"),
+        ({"warmup_steps": -1}, "warmup_steps", "greater than or equal to 0"),
         ({"dataset": {"data_files": "broken.jsonl"}}, "dataset.data_files", "record 2 (line 2, column"),
         ({"dataset": {"data_files": "columns.json"}}, "dataset.data_files", "columns.json, record 2"),
         ({"dataset": {"data_files": ["good.jsonl", "empty.jsonl"]}}, "dataset.data_files", "empty.jsonl holds no"),
