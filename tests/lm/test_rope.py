@@ -54,14 +54,7 @@ def test_linear_scaling_has_a_factor() -> None:
 
 
 def test_yarn_has_the_recommended_values_where_it_says_nothing() -> None:
-    assert yarn() == YarnRope(
-        factor=4.0,
-        original_max_position_embeddings=32_768,
-        beta_fast=32.0,
-        beta_slow=1.0,
-        attention_factor=pytest.approx(0.1 * math.log(4) + 1),
-        truncate=True,
-    )
+    assert yarn() == yarn(beta_fast=32, beta_slow=1, attention_factor=0.1 * math.log(4) + 1, truncate=True)
 
 
 def test_yarn_reads_every_key() -> None:
@@ -81,7 +74,7 @@ def test_yarn_reads_every_key() -> None:
 
 
 def test_the_original_context_is_the_longest_unless_it_is_said() -> None:
-    said = {"rope_scaling": {"type": "yarn", "factor": 4.0}}
+    said: dict[str, Any] = {"rope_scaling": {"type": "yarn", "factor": 4.0}}
     for config, original in [(said, LONGEST), (said | {"original_max_position_embeddings": 4096}, 4096)]:
         _, scaling = read_rope(config, LONGEST)
         assert isinstance(scaling, YarnRope)
