@@ -59,8 +59,8 @@ def validate_weights(folder: Path, config: ModelConfig) -> None:
 def load_weights(model: CausalLM, folder: Path) -> None:
     """Fill every parameter of `model` from the files of `folder` (see `lm.layout`), cast to the model's dtype.
 
-    One tensor at a time is in memory beside the model, of a tied checkpoint that has a head, two. Raises UserError,
-    before a parameter has changed, when the tensors are not exactly those of the model.
+    One tensor at a time is in memory beside the model; the head that a tied checkpoint may repeat stays to the end.
+    Raises UserError, before a parameter has changed, when the tensors are not exactly those of the model.
     """
     parameters = dict(model.named_parameters())
     head: Tensor | None = None
@@ -86,9 +86,9 @@ def save_model(
     """Publish `state` (names as in `CausalLM.state_dict()`) as the model folder `final`, cast to `dtype`.
 
     config.json, with its dtype set, and tokenizer, template and generation settings come from `config_folder`, the
-    base model; a base in Meta's format gets Hugging Face's config.json and tokenizer.json. One without a chat template
-    gets the default one that it was used with. Raises FileExistsError when
-    `final` exists, UserError when `state` does not fit the config.
+    base model; one in Meta's format gets Hugging Face's config.json and tokenizer.json. A base without a chat template
+    gets the default one that it was used with. Raises FileExistsError when `final` exists, UserError when `state` does
+    not fit the config.
     """
     with publish(final) as folder:
         _copy_companions(config_folder, folder)

@@ -107,23 +107,33 @@ def read_pickled(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tenso
 
 def _read_table(path: Path) -> dict[str, Tensor]:
     """What the file maps names to. Raises UserError unless that is a flat table of plain tensors."""
-    if not zipfile.is_zipfile(path):
-        raise UserError(
-            f"{path} is not a whole file of torch.save: it is damaged or cut off, a pointer of Git LFS, or older than "
-            "PyTorch 1.6. Copy it again, or save it anew",
-            param="model",
-        )
+    _check_archive(path)
     try:
         table = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UserError(_refusal(path, error), param="model") from error
     except Exception as error:  # the pickle is a program, and damaged ones fail in many ways
-        raise UserError(f"{path} is damaged: {str(error)[:200]}; copy it again", param="model") from error
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise UserError(f"{path} is damaged ({reason}): copy it again", param="model") from error
     if not isinstance(table, Mapping) or not all(isinstance(name, str) for name in table):
         raise UserError(f"{path} must hold a table of names and tensors (got {type(table).__name__})", param="model")
     odd = [f"{name} ({type(value).__name__})" for name, value in table.items() if not _is_plain(value)]
     _refuse(path, "must map names to plain tensors, unlike", odd)
     return dict(table)
+
+
+def _check_archive(path: Path) -> None:
+    """`torch.save` stores the bytes of tensors as they are; mapped, compressed ones would be read as weights."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            compressed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    except (OSError, zipfile.BadZipFile, ValueError) as error:
+        raise UserError(
+            f"{path} is not a whole file of torch.save ({error}): it is damaged or cut off, a pointer of Git LFS, or "
+            "older than PyTorch 1.6. Copy it again, or save it anew",
+            param="model",
+        ) from error
+    _refuse(path, "has compressed parts, and must be as torch.save wrote it:", compressed)
 
 
 def _refusal(path: Path, error: Exception) -> str:
@@ -166,7 +176,7 @@ def _with_hf_names(found: Mapping[str, Stored], config: ModelConfig) -> dict[str
         _refuse(stored.file, f"holds both {name} and another name for", [hf_name] if hf_name in renamed else [])
         layer = hf_name.split(".")[-2] if "." in hf_name else ""
         renamed[hf_name] = replace(stored, interleaved_heads=heads.get(layer))
-    if EMBEDDING in renamed:
+    if EMBEDDING in renamed and not config.tie_word_embeddings:
         renamed.setdefault(HEAD, renamed[EMBEDDING])
     return renamed
 
