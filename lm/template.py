@@ -23,7 +23,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lm.errors import UserError
-from lm.tokenizer import Tokenizer, read_json
+from lm.tokenizer import Tokenizer
+from lm.tokenizer_settings import read_json
 
 log = logging.getLogger(__name__)
 

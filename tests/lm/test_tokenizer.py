@@ -113,10 +113,7 @@ def test_tokens_named_beside_tokenizer_json_are_added_as_transformers_adds_them(
 def test_a_folder_without_a_tokenizer_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"no model folder .*nowhere"):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"has no tokenizer\.json$"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model").touch()
-    with pytest.raises(UserError, match=r"has no tokenizer\.json; it has tokenizer\.model in another") as caught:
+    with pytest.raises(UserError, match=r"has no tokenizer: put one of tokenizer\.json, tokenizer\.model, ") as caught:
         load_tokenizer(tmp_path)
     assert caught.value.param == "model"
 
