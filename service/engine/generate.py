@@ -104,6 +104,7 @@ class Generated:
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("service.engine").setLevel(logging.WARNING)  # what a service tells of itself
     config = GenerationConfig.model_validate_json(sys.stdin.buffer.read())
     try:
         generate(config, _print)
@@ -122,7 +123,9 @@ def generate(config: GenerationConfig, write: Write) -> Generated:
 
     Raises UserError for what cannot be used: the device, the model folder, a prompt that does not fit.
     """
-    device = resolve_device(config.device).device
+    choice = resolve_device(config.device)
+    device = choice.device
+    log.info(f"Device: {device} ({choice.name}). {choice.reason}")
     reset_peak_memory(device)
     prompt = _encode(config)
     engine, loaded = _load(config, len(prompt.ids))
