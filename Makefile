@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 export TORCH_DEVICE_BACKEND_AUTOLOAD := 0
 
-.PHONY: demo serve test check openapi bench npu-proof proof-loop e2e setup
+.PHONY: demo serve test check openapi bench npu-proof proof-loop proof-torchtune e2e setup
 
 setup: $(INSTALLED)
 
@@ -48,3 +48,8 @@ npu-proof: setup  ## the NPU path without a card: the simulated device
 proof-loop: setup  ## the figures of issue "the whole loop on a real model"
 	$(BIN)/tuneserve pull smollm2-135m-instruct
 	$(BIN)/python -m pytest -m slow tests/proof
+
+proof-torchtune: setup  ## the figures of issue "everything a torchtune user brings"
+	$(BIN)/tuneserve pull smollm2-135m-instruct
+	$(BIN)/python -m pytest tests/lm tests/trainer tests/service/test_torchtune_user.py tests/proof/test_torchtune.py \
+		tests/test_configs.py
