@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from lm.cache import KVCache, PagedBatch
 from lm.config import load_config
 from lm.model import CausalLM
 from lm.ops import REFERENCE
-from tests.support.tiny import VOCAB_SIZE, load_tiny_model, make_tiny_llama
+from tests.support.tiny import VOCAB_SIZE, load_tiny_model, make_tiny_llama, make_tiny_model
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_BLOCKS = 4, 40
@@ -33,9 +34,17 @@ class Chunk:
     blocks: Sequence[int]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
-    return load_tiny_model(make_tiny_llama(tmp_path_factory.mktemp("tiny"), attention_bias=True))
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True},
+    "mistral": {"sliding_window": 5},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
+    """With no window, one window for all layers, and one for the upper layer."""
+    return load_tiny_model(make_tiny_model(tmp_path_factory.mktemp("tiny"), request.param, **MODELS[request.param]))
 
 
 def new_cache(model: CausalLM) -> KVCache:
