@@ -31,6 +31,14 @@ from lm.weight_files import INDEX_FILE, SINGLE_FILE, validate_checkpoint
 SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILE, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
 ORIGINAL_TOKENIZER = f"{ORIGINAL}/{TOKENIZER_MODEL}"
+TIKTOKEN_SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast"}
+SENTENCEPIECE_SETTINGS = {
+    "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "legacy": False,
+}
+"""What transformers has to be told of Meta's files; of Llama 2's it would leave out the BOS."""
 OWN_TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")
 """Where a base's own template stands, as `find_template` says it."""
 COMPANIONS = (
@@ -152,16 +160,12 @@ def _write_tokenizer(source: Path, folder: Path, config: ModelConfig) -> None:
     exported = tokenizer.tokenizer_json()
     if exported is None:
         shutil.copyfile(models[0], folder / TOKENIZER_MODEL)
-        return
-    (folder / TOKENIZER_FILE).write_text(exported, encoding="utf-8")
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.max_position_embeddings,
-        "clean_up_tokenization_spaces": False,
-        **tokenizer.special_tokens,
-    }
+    else:
+        (folder / TOKENIZER_FILE).write_text(exported, encoding="utf-8")
     if not (folder / "tokenizer_config.json").is_file():
-        _write_json(folder / "tokenizer_config.json", settings)
+        kind = SENTENCEPIECE_SETTINGS if exported is None else TIKTOKEN_SETTINGS
+        length = {"model_max_length": config.max_position_embeddings, "clean_up_tokenization_spaces": False}
+        _write_json(folder / "tokenizer_config.json", {**kind, **length, **tokenizer.special_tokens})
 
 
 def _write_config(source: Path, folder: Path, dtype: torch.dtype) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,14 @@ from lm.config import load_config
 from lm.errors import UserError
 from lm.model import CausalLM, build_model
 from lm.ops import REFERENCE
+from lm.template import load_template
+from lm.tokenizer import load_tokenizer
+from tests.support.layouts import write_layout
 from tests.support.tiny import make_tiny_llama
+from tests.support.tiny_tokenizers import make_sentencepiece, make_tiktoken_file
 
 CPU = torch.device("cpu")
+TEXT = "The quick brown fox, 12345 + 678 = 13023: café 你好 <end>"
 IDS = torch.tensor([[5, 80, 17, 200, 33, 2, 9]])
 
 
@@ -40,6 +47,24 @@ def their_logits(folder: Path) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = model(IDS).logits
     return logits
+
+
+def make_meta_llama(folder: Path, place: str, make_tokenizer: Callable[[Path], int]) -> Path:
+    """A base as Meta hands it out: params.json, consolidated.00.pth and tokenizer.model in the folder or in `place`."""
+    inner = folder / place
+    inner.mkdir(parents=True)
+    vocab_size = make_tokenizer(inner / "tokenizer.model") + 256
+    hf = make_tiny_llama(folder.parent / "hf", vocab_size=vocab_size, intermediate_size=96, tie_word_embeddings=False)
+    written = write_layout(hf, folder.parent / "layout", "consolidated.00.pth")
+    shutil.copyfile(written / "consolidated.00.pth", inner / "consolidated.00.pth")
+    params = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": vocab_size, "multiple_of": 32}
+    (inner / "params.json").write_text(json.dumps(params | {"norm_eps": 1e-6}), encoding="utf-8")
+    return folder
+
+
+def make_llama2_tokenizer(path: Path) -> int:
+    make_sentencepiece(path)
+    return 600
 
 
 def perturb(model: CausalLM) -> None:
@@ -170,6 +195,46 @@ def test_a_tied_checkpoint_may_repeat_its_embedding_but_not_hold_another_head(tm
     save_file(tensors | {"lm_head.weight": embedding + 1}, folder / "model.safetensors")
     with pytest.raises(UserError, match=r"an lm_head\.weight unlike its embedding, but tie_word_embeddings is true"):
         load(folder)
+
+
+@pytest.mark.parametrize("layout", ["pytorch_model.bin.index.json", "hf_model.pt", "torchtune_model.pt"])
+def test_transformers_loads_what_was_saved_from_a_base_in_another_layout(tmp_path: Path, layout: str) -> None:
+    base = write_layout(make_tiny_llama(tmp_path / "safetensors"), tmp_path / "base", layout)
+    model = load(base)
+    perturb(model)
+    save_model(model.state_dict(), base, tmp_path / "final", dtype=torch.float32)
+    torch.testing.assert_close(their_logits(tmp_path / "final"), our_logits(model), rtol=1e-4, atol=1e-5)
+    assert [path.name for path in (tmp_path / "final").iterdir() if path.suffix in (".bin", ".pt")] == []
+
+
+@pytest.mark.parametrize("place", ["", "original"])
+def test_a_model_of_meta_with_a_tiktoken_file_is_published_as_hugging_face_has_it(tmp_path: Path, place: str) -> None:
+    base = make_meta_llama(tmp_path / "base", place, make_tiktoken_file)
+    model = load(base)
+    save_model(model.state_dict(), base, tmp_path / "final", dtype=torch.float32)
+    torch.testing.assert_close(their_logits(tmp_path / "final"), our_logits(model), rtol=1e-4, atol=1e-5)
+    assert (tmp_path / "final" / place / "tokenizer.model").read_bytes() == (
+        base / place / "tokenizer.model"
+    ).read_bytes()
+    ours, theirs = load_tokenizer(base), AutoTokenizer.from_pretrained(tmp_path / "final")
+    for text in (TEXT, "<|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"):
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text, add_special_tokens=False)
+    assert (theirs.bos_token, theirs.eos_token) == (ours.bos_token, ours.eos_token)
+    messages = [{"role": "user", "content": "Hello"}]
+    template = load_template(base, ours)
+    assert theirs.apply_chat_template(messages, tokenize=False) == template.render(
+        messages, add_generation_prompt=False
+    )
+
+
+@pytest.mark.parametrize("place", ["", "original"])
+def test_a_sentencepiece_file_goes_where_transformers_reads_it(tmp_path: Path, place: str) -> None:
+    base = make_meta_llama(tmp_path / "base", place, make_llama2_tokenizer)
+    save_model(load(base).state_dict(), base, tmp_path / "final", dtype=torch.float32)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "final")
+    ours = load_tokenizer(base)
+    assert theirs.encode(TEXT) == ours.encode(TEXT) == load_tokenizer(tmp_path / "final").encode(TEXT)
+    assert not (tmp_path / "final" / "tokenizer.json").exists()
 
 
 def test_nothing_is_published_when_the_weights_do_not_fit_the_config(tmp_path: Path) -> None:
