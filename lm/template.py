@@ -22,8 +22,9 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from lm.default_templates import choose_default
 from lm.errors import UserError
-from lm.tokenizer import Tokenizer
+from lm.tokenizer import FILES, Tokenizer, load_tokenizer, model_config
 from lm.tokenizer_settings import read_json
 
 log = logging.getLogger(__name__)
@@ -33,16 +34,8 @@ Message = Mapping[str, str]
 
 ROLES = ("system", "user", "assistant")
 MAX_RENDERED_CHARS = 16 << 20
-
-DEFAULT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + (eos_token or '<|im_end|>') + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-"""ChatML, with each turn ended by the token at which this model stops anyway."""
-DEFAULT_ORIGIN = "the default one, as the model has none"
+OWN_PLACES = ("chat_template.jinja", "tokenizer_config.json")
+"""Where a model's own template stands."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +45,7 @@ class ChatTemplate:
     template: jinja2.Template
     tokenizer: Tokenizer
     origin: str
-    """Which file the template came from, or that it is the default one, for people."""
+    """Which file the template came from, or which default it is, for people."""
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """The conversation as text; with `add_generation_prompt` it ends where the answer of the assistant begins.
@@ -138,14 +131,13 @@ class ChatTemplate:
 
 
 def load_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
-    """The chat template of a model folder: chat_template.jinja, else tokenizer_config.json, else the default one,
-    which the log mentions.
+    """The chat template of a model folder, as `find_template` finds it. The log mentions a default one.
 
     Raises UserError when the template is not valid Jinja, or when there are several and none is named `default`.
     """
-    source, origin = find_template(folder)
-    if origin == DEFAULT_ORIGIN:
-        log.warning("%s has no chat template: messages are written as ChatML, each ended by the model's EOS", folder)
+    source, origin = find_template(folder, tokenizer)
+    if origin not in OWN_PLACES:
+        log.warning("%s has no chat template: messages are written with %s", folder, origin)
     try:
         template = _environment().from_string(source)
     except jinja2.TemplateSyntaxError as error:
@@ -154,14 +146,26 @@ def load_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
     return ChatTemplate(template=template, tokenizer=tokenizer, origin=origin)
 
 
-def find_template(folder: Path) -> tuple[str, str]:
-    """The text of a model folder's template and, for people, where it stands; DEFAULT_TEMPLATE where it has none."""
+def find_template(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[str, str]:
+    """The text of a model folder's template and, for people, where it comes from: chat_template.jinja, else
+    tokenizer_config.json (OWN_PLACES), else the default of the model's family (`lm.default_templates`).
+
+    `tokenizer` is the one it will be used with, by default the folder's own.
+    """
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:
             return path.read_text(encoding="utf-8"), path.name
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8: {error}", param="model") from error
+    if (source := _configured_template(folder)) is not None:
+        return source, "tokenizer_config.json"
+    if tokenizer is None and any((folder / name).is_file() for name in FILES):
+        tokenizer = load_tokenizer(folder)
+    return choose_default(model_config(folder).get("model_type"), tokenizer)
+
+
+def _configured_template(folder: Path) -> str | None:
     entry = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(entry, list):
         entry = {named.get("name"): named.get("template") for named in entry if isinstance(named, dict)}
@@ -169,9 +173,7 @@ def find_template(folder: Path) -> tuple[str, str]:
             known = f"found {sorted(map(str, entry))}"
             raise UserError(f"{folder} has several chat templates and none is named default ({known})", param="model")
         entry = entry["default"]
-    if isinstance(entry, str):
-        return entry, "tokenizer_config.json"
-    return DEFAULT_TEMPLATE, DEFAULT_ORIGIN
+    return entry if isinstance(entry, str) else None
 
 
 def check_messages(messages: Any) -> None:

@@ -103,21 +103,6 @@ def test_a_template_in_tokenizer_config_is_used_where_there_is_no_file_of_its_ow
         load_template(tmp_path, load_tokenizer(tmp_path))
 
 
-def test_a_model_without_a_template_gets_chatml_that_ends_turns_with_its_own_eos(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_tokenizer(tmp_path, "llama3")
-    (tmp_path / "chat_template.jinja").unlink()
-    template = load_template(tmp_path, load_tokenizer(tmp_path))
-    assert "has no chat template: messages are written as ChatML" in caplog.text
-    assert template.origin == "the default one, as the model has none"
-    assert template.render([THANKS, WELCOME, THANKS], add_generation_prompt=True) == (
-        "<|begin_of_text|><|im_start|>user\nThanks!<|eot_id|>\n<|im_start|>assistant\n不客气<|eot_id|>\n"
-        "<|im_start|>user\nThanks!<|eot_id|>\n<|im_start|>assistant\n"
-    )
-    assert trained_text(template, [THANKS, WELCOME]) == "不客气<|eot_id|>"
-
-
 # ---- refusals
 
 
