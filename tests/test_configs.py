@@ -15,8 +15,9 @@ from lm.model import build_model
 from lm.ops import REFERENCE
 from service.shipped import find_config
 from tests.support.model_shapes import SHAPES, Shape
-from trainer.config import RunConfig, load_run_config
+from trainer.config import RunConfig, load_run_config, parse_options, read_config
 from trainer.publish import lora_spec
+from trainer.torchtune import translate
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = {"full": "full_finetune_single_device", "lora": "lora_finetune_single_device"}
@@ -121,3 +122,27 @@ def test_a_config_says_how_much_memory_it_takes_and_where_that_fits(name: str) -
     else:
         assert needed <= MARGIN * int(fits[1])
         assert int(fits[1]) <= LARGEST_DEVICE_GB[device]
+
+
+def test_torchtunes_own_configuration_is_shipped_as_the_seed_has_it_and_read_whole() -> None:
+    translation = translate(read_config(CONFIGS / "full_finetune_torchtune.yaml"), recipe=RECIPES["full"])
+    config = parse_options(RunConfig, translation.options)
+    assert (config.recipe, config.device, config.dtype, config.epochs, config.batch_size) == (
+        "full",
+        "npu",
+        "bf16",
+        10,
+        2,
+    )
+    assert config.enable_activation_checkpointing
+    assert config.tokenizer_file == f"{config.model}/original/tokenizer.model"
+    assert translation.generation is not None
+
+
+def test_the_config_of_generate_has_torchtunes_values_and_names_a_model_of_its_builders_shape() -> None:
+    translation = translate(read_config(CONFIGS / "generation.yaml"), recipe="generate")
+    asked = translation.generation
+    assert asked is not None
+    assert (asked.max_new_tokens, asked.temperature, asked.top_k, asked.seed) == (300, 0.6, 300, 1234)
+    assert translation.builder == "torchtune.models.llama3_1.llama3_1_8b"
+    assert Path(asked.model_dir).name == SHAPES["llama3_1/8B"].name
