@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lm.errors import UserError
-from trainer.data.options import COLUMN_NAMES, DataFormat, ReadOptions, Source
+from trainer.data.options import COLUMN_NAMES, DataFormat, ReadOptions, Role, Source
 from trainer.data.split import parse_split
 
 Recipe = Literal["full", "lora"]
@@ -99,7 +99,7 @@ class TrainingOptions(Strict):
     """What the files call a column, where it is not the standard name: {"input": "question", "output": "answer"}."""
     new_system_prompt: Annotated[str, Field(max_length=1_000_000)] | None = None
     """The system prompt of every record, in place of the record's own. It does not go into prompts that are served."""
-    prompt_template: dict[Literal["system", "user", "assistant"], Affixes] | None = None
+    prompt_template: dict[Role, Affixes] | None = None
     """Text before and after each message of a role: {"user": ["Summarize:\n", "\nSummary:\n"]}. Prompts that are served
     do not get it by themselves."""
     split: str = "train"
@@ -153,7 +153,7 @@ class TrainingOptions(Strict):
             data_format=self.data_format,
             column_map=self.column_map,
             new_system_prompt=self.new_system_prompt,
-            prompt_template=None if self.prompt_template is None else {**self.prompt_template},
+            prompt_template=self.prompt_template,
         )
 
     def planned_epochs(self, steps_per_epoch: int) -> int:

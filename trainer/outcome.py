@@ -6,7 +6,7 @@ import errno
 
 from lm.errors import UserError
 from trainer.config import RunConfig
-from trainer.data.records import DataError
+from trainer.data.errors import DataError
 from trainer.run_folder import RunResult
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lm.errors import UserError
 from trainer.config import RunConfig, TrainingOptions, load_run_config, parse_options
@@ -71,3 +72,32 @@ def test_an_override_through_a_plain_value_is_refused(tmp_path: Path) -> None:
 def test_every_option_is_documented_where_it_is_defined() -> None:
     for name, field in RunConfig.model_fields.items():
         assert field.description, name
+
+
+@pytest.mark.parametrize(
+    ("options", "param", "words"),
+    [
+        ({"column_map": {"question": "q"}}, "column_map", "maps a name among input, output, instruction"),
+        ({"split": "train[:120%]"}, "split", "beyond 100%"),
+        ({"prompt_template": {"user": ["only one"]}}, "prompt_template.user.1", "required"),
+        ({"prompt_template": {"human": ["a", "b"]}}, "prompt_template.human.[key]", "'assistant'"),
+        ({"data_format": "chatml"}, "data_format", "'sharegpt'"),
+        ({"source": "arrow"}, "source", "'parquet'"),
+        ({"lr_schedule": "linear"}, "lr_schedule", "'constant'"),
+        ({"warmup_steps": -1}, "warmup_steps", "greater than or equal to 0"),
+    ],
+)
+def test_options_of_the_data_are_checked(options: dict[str, Any], param: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_options(RunConfig, {"model": "m", "data_files": ["d.json"], **options})
+    assert words in str(caught.value)
+    assert caught.value.param == param
+
+
+def test_options_of_the_data_survive_yaml_and_json() -> None:
+    options = {"prompt_template": {"user": ["a", "b"]}, "column_map": {"input": "q"}, "split": "train[:5%]"}
+    config = parse_options(RunConfig, {"model": "m", "data_files": ["d.json"], **options})
+    assert config.reading.prompt_template == {"user": ("a", "b")}
+    assert config.reading.column("input") == "q"
+    assert parse_options(RunConfig, yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config

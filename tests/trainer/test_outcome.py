@@ -7,7 +7,7 @@ import torch
 
 from lm.errors import NotFoundError, UserError
 from trainer.config import RunConfig
-from trainer.data.records import DataError
+from trainer.data.errors import DataError
 from trainer.outcome import Cancelled, NoDiskSpace, NonFiniteLoss, result_of
 from trainer.run_folder import RunResult
 

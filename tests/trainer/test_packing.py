@@ -69,7 +69,7 @@ def recipe(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> FineTu
 def loss_and_gradients(recipe: FineTuneRecipe, batches: list[Batch]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     recipe.model.zero_grad()
     loss = torch.stack([recipe.summed_loss(batch) for batch in batches]).sum() / sum(b.num_trained for b in batches)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return loss.detach(), [parameter.grad.clone() for parameter in recipe.trained if parameter.grad is not None]
 
 

@@ -169,7 +169,8 @@ def with_prompts(messages: Messages, options: ReadOptions) -> Messages:
         messages = [{"role": "system", "content": options.new_system_prompt}, *own]
     if options.prompt_template is None:
         return messages
-    return [_affixed(message, *options.prompt_template.get(message["role"], ("", ""))) for message in messages]
+    affixes: dict[str, tuple[str, str]] = {role: around for role, around in options.prompt_template.items()}
+    return [_affixed(message, *affixes.get(message["role"], ("", ""))) for message in messages]
 
 
 def _affixed(message: dict[str, str], before: str, after: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DataFormat = Literal["auto", "instruct", "alpaca", "sharegpt", "messages", "text"]
+Role = Literal["system", "user", "assistant"]
 Source = Literal["auto", "json", "csv", "text", "parquet"]
 
 FORMAT_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -29,7 +30,7 @@ class ReadOptions:
     data_format: DataFormat = "auto"
     column_map: Mapping[str, str] | None = None
     new_system_prompt: str | None = None
-    prompt_template: Mapping[str, tuple[str, str]] | None = None
+    prompt_template: Mapping[Role, tuple[str, str]] | None = None
 
     def column(self, name: str) -> str:
         """What the user's file calls the column `name`."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import openai
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from service.jobs.job import Job
 from tests.support.api import BASE, Api, running_api
 from trainer.config import TrainingOptions
+from trainer.data.records import read_records
 
 GOOD = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 ResultT = TypeVar("ResultT")
@@ -88,6 +92,54 @@ def test_bad_training_data_is_refused_and_not_kept(
     assert words in error.value.message
     assert error.value.param == "file"
     assert api.get("/v1/files").json()["data"] == []
+    assert list(api.services.files.folder.iterdir()) == []
+
+
+def parquet(*rows: dict[str, str]) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows)), file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "ending"),
+    [
+        ("My data.CSV", b'input,output\n"a\nb",c\n', ".csv"),
+        ("train.parquet", parquet({"input": "a\nb", "output": "c"}), ".parquet"),
+        ("train.bin", parquet({"input": "a\nb", "output": "c"}), ""),
+        ("train", b'output,input\nc,"a\nb"\n', ""),
+    ],
+)
+def test_csv_and_parquet_are_kept_so_that_a_trainer_reads_them(
+    api: Api, client: openai.AsyncOpenAI, name: str, data: bytes, ending: str
+) -> None:
+    stored = upload(api, client, data, name)
+    assert api.run(client.files.content(stored.id)).content == data
+    (path,) = api.services.files.folder.iterdir()
+    assert path.name == stored.id + ending
+    (record,) = read_records(path)
+    assert [message["content"] for message in record.messages] == ["a\nb", "c"]
+    api.run(client.files.delete(stored.id))
+    assert list(api.services.files.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.csv", b"input,output\na,b\nc\n", "a.csv, record 2 (line 3): 1 fields"),
+        ("a.csv", b'input,output\na,"b\n', "record 1 (line 2): broken CSV"),
+        ("a.csv", b"question,answer\na,b\n", 'found "question", "answer"'),
+        ("a.parquet", parquet({"input": "a"}), "record 1 (row 1): a record needs the columns"),
+        ("a.parquet", b"PAR1PAR1", "row 1: cannot be read as Parquet"),
+        ("a.txt", b" \n", "no records"),
+    ],
+)
+def test_bad_tables_are_refused_with_the_place(
+    api: Api, client: openai.AsyncOpenAI, name: str, data: bytes, words: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as error:
+        upload(api, client, data, name)
+    assert words in error.value.message
     assert list(api.services.files.folder.iterdir()) == []
 
 
