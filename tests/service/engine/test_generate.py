@@ -14,6 +14,7 @@ from lm.errors import UserError
 from service.engine.generate import Generated, generate
 from service.engine.messages import RequestTiming
 from service.generate_command import run_generate
+from tests.support.layouts import write_layout
 from tests.support.tiny import make_tiny_llama
 from trainer.torchtune.generation import GenerationConfig
 
@@ -49,6 +50,13 @@ def test_the_answer_is_transformers_and_comes_piece_by_piece(model: Path, system
     assert "".join(pieces) == generated.text + "\n"
     assert len(pieces) > 2
     assert len(generated.token_ids) <= 12
+
+
+@pytest.mark.parametrize("layout", ["pytorch_model.bin", "hf_model.pt", "original/consolidated.00.pth"])
+def test_the_answer_is_the_same_from_every_layout_of_the_weights(model: Path, layout: str, tmp_path: Path) -> None:
+    folder = write_layout(model, tmp_path / "model", layout)
+    expected = generate(config(model), lambda text: None)
+    assert generate(config(folder), lambda text: None).token_ids == expected.token_ids
 
 
 def test_a_seed_repeats_a_drawn_answer_and_another_one_draws_another(model: Path) -> None:
