@@ -24,7 +24,7 @@ from lm.folder import publish
 from lm.layout import ORIGINAL, config_name, has_safetensors, warn_of_unread
 from lm.model import CausalLM
 from lm.pickled_weights import open_pickled, read_pickled
-from lm.template import find_template
+from lm.template import OWN_PLACES, find_template
 from lm.tokenizer import load_tokenizer
 from lm.weight_files import INDEX_FILE, SINGLE_FILE, validate_checkpoint
 
@@ -39,8 +39,6 @@ SENTENCEPIECE_SETTINGS = {
     "legacy": False,
 }
 """What transformers has to be told of Meta's files; of Llama 2's it would leave out the BOS."""
-OWN_TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")
-"""Where a base's own template stands, as `find_template` says it."""
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -103,7 +101,7 @@ def save_model(
         _write_config(config_folder, folder, dtype)
         _write_tokenizer(config_folder, folder, load_config(config_folder))
         template, origin = find_template(config_folder)
-        if origin not in OWN_TEMPLATES:
+        if origin not in OWN_PLACES:
             (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         _write_weights(state, folder, dtype, shard_bytes)
         validate_checkpoint(folder, load_config(folder))

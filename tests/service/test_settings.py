@@ -75,6 +75,16 @@ def test_a_model_is_a_name_in_home_or_a_folder(tmp_path: Path) -> None:
     assert Settings(home=tmp_path, model=str(tmp_path / "elsewhere")).model_name == "elsewhere"
 
 
+@pytest.mark.parametrize("name", ["params.json", "original/params.json"])
+def test_a_model_of_meta_is_found_by_its_params_json(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "models" / "mine" / name
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert Settings(home=tmp_path, model="mine").model_name == "mine"
+    with pytest.raises(UserError, match="holds mine"):
+        _ = Settings(home=tmp_path, model="yours").model_dir
+
+
 def test_a_linked_model_is_called_by_the_name_of_the_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / "snapshots" / "c4f3b2"
     snapshot.mkdir(parents=True)
