@@ -74,7 +74,7 @@ class Stored:
     def read(self) -> Tensor:
         if self.interleaved_heads is None:
             return self.tensor
-        pairs = self.tensor.unflatten(0, (self.interleaved_heads, -1, 2))  # (H, D / 2, 2) rows
+        pairs: Tensor = self.tensor.unflatten(0, (self.interleaved_heads, -1, 2))  # (H, D / 2, 2) rows
         return pairs.transpose(1, 2).flatten(0, 2)
 
 

@@ -77,7 +77,7 @@ def _single(folder: Path, tensors: Tensors, config: ModelConfig) -> None:
 
 
 def _indexed(folder: Path, tensors: Tensors, config: ModelConfig) -> None:
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(halves(tensors), start=1):
         file = f"pytorch_model-{number:05}-of-00002.bin"
         torch.save(part, folder / file)
