@@ -57,15 +57,14 @@ async def take_dataset(
 
 
 async def _take_upload(file_id: str, *, settings: Settings, files: FileStore, reading: ReadOptions) -> TrainingData:
-    """It was checked when it came, and is again where the request wants it read differently."""
+    """It was checked when it came, and is again as this request wants it read, if it is small or read differently."""
     stored = files.get(file_id, param="dataset.file_id")
     if stored.purpose != FINE_TUNE:
         message = f"dataset.file_id: {stored.id} was uploaded with the purpose {stored.purpose}, not {FINE_TUNE}"
         raise UserError(message, param="dataset.file_id")
     path = files.path(stored.id)
-    is_checked = reading == DEFAULT_OPTIONS or await _check_small(
-        [(path, stored.filename)], param="dataset.file_id", reading=reading
-    )
+    is_checked = await _check_small([(path, stored.filename)], param="dataset.file_id", reading=reading)
+    is_checked = is_checked or reading == DEFAULT_OPTIONS
     return TrainingData(files=(_relative(path, settings),), file_id=stored.id, is_checked=is_checked)
 
 

@@ -47,7 +47,7 @@ class FileStore:
         path = await asyncio.to_thread(self._copy, source)
         try:
             if purpose == FINE_TUNE:
-                await check_files_aside([(path, filename)], param="file")
+                await check_files_aside([(path, filename)], param="file", any_columns=True)
             return self._add(path, filename=filename, purpose=purpose)
         except BaseException:
             path.unlink(missing_ok=True)

@@ -56,6 +56,13 @@ def find_source(path: Path, name: str, options: ReadOptions) -> Source:
     return by_ending or ("csv" if _has_known_header(start.removeprefix(BYTE_ORDER_MARK), options) else "json")
 
 
+def is_unknown_table(path: Path, name: str, options: ReadOptions) -> bool:
+    """Whether the file is a table with rows, and none of its columns is of a known format. Raises DataError."""
+    _, first = next(read_values(path, name, options), ("", None))
+    is_table = find_source(path, name, options) in ("csv", "parquet")
+    return is_table and first is not None and not any(options.column(column) in first for column in COLUMN_NAMES)
+
+
 def _has_known_header(start: bytes, options: ReadOptions) -> bool:
     line = start.split(b"\n", 1)[0].decode("utf-8", "replace")
     try:

@@ -128,7 +128,7 @@ def test_csv_and_parquet_are_kept_so_that_a_trainer_reads_them(
     [
         ("a.csv", b"input,output\na,b\nc\n", "a.csv, record 2 (line 3): 1 fields"),
         ("a.csv", b'input,output\na,"b\n', "record 1 (line 2): broken CSV"),
-        ("a.csv", b"question,answer\na,b\n", 'found "question", "answer"'),
+        ("a.csv", b"question,answer\na,b\nc\n", "record 2 (line 3): 1 fields"),
         ("a.parquet", parquet({"input": "a"}), "record 1 (row 1): a record needs the columns"),
         ("a.parquet", b"PAR1PAR1", "row 1: cannot be read as Parquet"),
         ("a.txt", b" \n", "no records"),
@@ -141,6 +141,18 @@ def test_bad_tables_are_refused_with_the_place(
         upload(api, client, data, name)
     assert words in error.value.message
     assert list(api.services.files.folder.iterdir()) == []
+
+
+def test_the_columns_of_a_table_are_checked_by_the_job_that_can_map_them(api: Api, client: openai.AsyncOpenAI) -> None:
+    stored = upload(api, client, b"question,answer\na,b\n", "a.csv")
+    body = {"model": BASE, "dataset": {"file_id": stored.id}, "column_map": {"input": "question"}}
+    for options in (body, {**body, "column_map": None}):
+        refusal = api.post("/finetune", options)
+        assert refusal.status_code == 400
+        error = refusal.json()["error"]
+        assert error["param"] == "dataset.file_id"
+        assert "a.csv, record 1 (line 2)" in error["message"]
+        assert 'is missing, found "question", "answer"' in error["message"]
 
 
 def test_what_a_form_lacks_or_has_too_much_is_named(api: Api, client: openai.AsyncOpenAI) -> None:
