@@ -6,21 +6,32 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import yaml
 
 from lm.errors import UserError
 from service import __version__
+from service.config_commands import copy_config, list_configs, validate_config
+from service.generate_command import run_generate
 from service.pull import MODELS, find_model, pull
-from service.run_command import RECIPES, run_recipe
+from service.run_command import run_recipe
+from service.run_config import plan_generation, print_notes
 from service.server import serve
 from service.settings import Settings, load_settings
 from service.shipped import find_config
 from trainer.config import ConfigLoader
+from trainer.torchtune import GENERATE, RECIPES
 
 USER_ERROR = 2
 INTERRUPTED = 130
+
+TORCHRUN = ("nnodes", "nproc", "node_rank", "rdzv", "standalone", "master", "max_restarts", "monitor_interval", "role")
+"""How torchrun's arguments begin, which `tune run` takes before the recipe."""
+OTHER_RECIPES = ("distributed", "dpo", "ppo", "grpo", "knowledge_distillation", "qat", "quantize", "eleuther")
+
+Command = Callable[[argparse.Namespace, list[str]], int]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     try:
-        return _run_command(options, rest)
+        command: Command = options.handler
+        return command(options, rest)
     except UserError as error:
         print(f"tuneserve: error: {error}", file=sys.stderr)
         return USER_ERROR
@@ -41,44 +53,131 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tuneserve", description="Fine-tune language models and serve the result.")
+    parser = argparse.ArgumentParser(
+        prog="tuneserve", description="Fine-tune language models and serve the result.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"tuneserve {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    command = commands.add_parser("serve", help="start the HTTP service", description="Start the HTTP service.")
+    command = _command(commands, "serve", "start the HTTP service", _serve)
     command.add_argument("--config", metavar="X.yaml", help="settings: a file, or the stock config `serve`")
     command.add_argument(
         "overrides", nargs="*", metavar="key=value", help=f"settings: {', '.join(Settings.model_fields)}"
     )
 
-    command = commands.add_parser("run", help="run a recipe", description="Fine-tune in the foreground.")
-    command.add_argument("recipe", choices=RECIPES, metavar="recipe", help=" or ".join(RECIPES))
-    command.add_argument(
-        "--config", required=True, metavar="X.yaml", help="a file, or a stock config: lora_smollm2 ..."
-    )
-    command.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="options, such as lora.rank=4 output_dir=out"
-    )
+    command = _command(commands, "run", "run a recipe in the foreground, with a config of ours or of torchtune", _run)
+    command.add_argument("recipe", metavar="recipe", help=", ".join((*RECIPES, GENERATE)))
+    _add_config(command, "a file, or a stock config: lora_smollm2 ... (`tuneserve ls`)")
 
-    command = commands.add_parser("pull", help="get a base model", description="Get a base model.")
+    command = _command(commands, GENERATE, "answer one prompt in the terminal", _generate)
+    _add_config(command, "a file of torchtune's shape, or the stock config `generation`")
+
+    _command(commands, "ls", "list recipes and stock configs", _ls)
+
+    command = _command(commands, "cp", "copy a stock config", _cp)
+    command.add_argument("name", help="a stock config (`tuneserve ls`)")
+    command.add_argument("destination", nargs="?", help="a file or folder; default: the present folder")
+    command.add_argument("-n", "--no-clobber", action="store_true", help="leave a file alone that is there already")
+    command.add_argument("-f", "--force", action="store_true", help="write over a file that is there already")
+    command.add_argument("--make-parents", action="store_true", help="make the folders that are missing")
+
+    command = _command(commands, "validate", "check a config, and say what becomes of its keys", _validate)
+    _add_config(command, "a file, or a stock config")
+
+    command = _command(commands, "pull", "get a base model", _pull)
     command.add_argument("model", help=" or ".join(MODELS))
     command.add_argument("--home", help="default: $TUNESERVE_HOME, or ~/.tuneserve")
     return parser
 
 
-def _run_command(options: argparse.Namespace, rest: list[str]) -> int:
-    if options.command == "pull":
-        _refuse(rest)
-        home = {} if options.home is None else {"home": options.home}
-        print(pull(find_model(options.model), load_settings(None, home, os.environ).home))
-        return 0
+def _command(commands: Any, name: str, text: str, handler: Command) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
+    )
+    command.set_defaults(handler=handler)
+    return command
+
+
+def _add_config(command: argparse.ArgumentParser, text: str) -> None:
+    command.add_argument("--config", metavar="X.yaml", help=text)
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="options, such as lora.rank=4 output_dir=out; ~key removes one",
+    )
+
+
+def _serve(options: argparse.Namespace, rest: list[str]) -> int:
     overrides = parse_overrides([*options.overrides, *rest])
-    if options.command == "run":
-        return run_recipe(options.recipe, options.config, overrides)
     config = None if options.config is None else find_config(options.config)
     settings = load_settings(config, overrides, os.environ)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     return serve(settings)
+
+
+def _run(options: argparse.Namespace, rest: list[str]) -> int:
+    _refuse_torchrun(rest)
+    if options.recipe == GENERATE:
+        return _generate(options, rest)
+    if options.recipe not in RECIPES:
+        known = ", ".join((*RECIPES, GENERATE))
+        is_known = any(word in options.recipe for word in OTHER_RECIPES)
+        reason = (
+            "torchtune's recipe is not done here: training goes over one device, supervised" if is_known else "unknown"
+        )
+        raise UserError(f"recipe: {options.recipe!r:.80}: {reason}; known are {known}", param="recipe")
+    config, words = _config_and_words(options, rest)
+    return run_recipe(options.recipe, config, words)
+
+
+def _generate(options: argparse.Namespace, rest: list[str]) -> int:
+    config, words = _config_and_words(options, rest)
+    generation, notes = plan_generation(config, words)
+    print_notes(notes)
+    return run_generate(generation)
+
+
+def _ls(options: argparse.Namespace, rest: list[str]) -> int:
+    _refuse(rest)
+    list_configs()
+    return 0
+
+
+def _cp(options: argparse.Namespace, rest: list[str]) -> int:
+    _refuse(rest)
+    flags = {"no_clobber": options.no_clobber, "force": options.force, "make_parents": options.make_parents}
+    copy_config(options.name, options.destination, **flags)
+    return 0
+
+
+def _validate(options: argparse.Namespace, rest: list[str]) -> int:
+    config, words = _config_and_words(options, rest)
+    validate_config(config, words)
+    return 0
+
+
+def _pull(options: argparse.Namespace, rest: list[str]) -> int:
+    _refuse(rest)
+    home = {} if options.home is None else {"home": options.home}
+    print(pull(find_model(options.model), load_settings(None, home, os.environ).home))
+    return 0
+
+
+def _config_and_words(options: argparse.Namespace, rest: list[str]) -> tuple[str, list[str]]:
+    """The config, which may stand there without --config, and the overrides."""
+    words = [*options.overrides, *rest]
+    if options.config is not None:
+        return options.config, words
+    if words and "=" not in words[0] and words[0][0:1] not in ("~", "-"):
+        return words[0], words[1:]
+    raise UserError("config: a file or a stock config is needed: --config X.yaml", param="config")
+
+
+def _refuse_torchrun(words: list[str]) -> None:
+    for word in words:
+        if word.startswith("--") and word[2:].replace("-", "_").startswith(TORCHRUN):
+            raise UserError(f"{word} is an argument of torchrun; training goes over one device here: leave it out")
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:

@@ -7,38 +7,32 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import yaml
 
 from lm.errors import UserError
 from service.jobs.trainer_process import TRAINER, trainer_environment
+from service.run_config import PlannedRun, plan_run, print_notes
 from service.settings import load_settings
-from service.shipped import find_config, find_data
-from trainer.config import Recipe, RunConfig, parse_options, read_config
 from trainer.run_folder import RunFolder
 
-RECIPES: dict[str, Recipe] = {"full_finetune_single_device": "full", "lora_finetune_single_device": "lora"}
-"""torchtune's names of our recipes."""
 
-
-def run_recipe(recipe: str, config: str, overrides: dict[str, Any]) -> int:
-    """Train as the YAML file `config` says, in the folder `output_dir` that it or `overrides` name.
+def run_recipe(recipe: str, config: str, words: Sequence[str]) -> int:
+    """Train as the YAML file `config` says, in the folder `output_dir` that it or `words` (key=value, ~key) name.
 
     By default that is a new folder in `runs` of the home. The terminal and the run's log.txt show the same bytes.
     Ctrl-C and SIGTERM cancel the run within a step, a second one kills it. Returns the trainer's exit code: 0 also for
     a cancelled run. Raises UserError before anything is written.
     """
-    options = read_config(find_config(config), overrides)
-    output_dir = options.pop("output_dir", None)
-    run_config = _run_config(RECIPES[recipe], options)
-    run = RunFolder(_output_dir(output_dir, recipe))
+    planned = plan_run(recipe, config, words)
+    run = RunFolder(_run_folder(planned))
+    print_notes(planned.notes)
     run.path.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(run_config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(planned.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     run.config.write_text(text, encoding="utf-8")
     print(f"run folder: {run.path}", file=sys.stderr, flush=True)
     exit_code = _train(run)
@@ -48,29 +42,20 @@ def run_recipe(recipe: str, config: str, overrides: dict[str, Any]) -> int:
     return exit_code
 
 
-def _run_config(recipe: Recipe, options: dict[str, Any]) -> RunConfig:
-    config = parse_options(RunConfig, {"recipe": recipe, **options})
-    if config.recipe != recipe:
-        raise UserError(f"recipe: the config says {config.recipe!r}, the command {recipe!r}", param="recipe")
-    settings = load_settings(None, {"model": config.model}, os.environ)
-    changes = {
-        "model": str(settings.model_dir),
-        "model_name": config.model_name or settings.model_name,
-        "data_files": tuple(str(find_data(name)) for name in config.data_files),
-    }
-    return config.model_copy(update=changes)
-
-
-def _output_dir(value: object, recipe: str) -> Path:
-    if value is None:
-        name = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        return load_settings(None, {}, os.environ).runs_dir / name
-    if not isinstance(value, str) or not value:
-        raise UserError(f"output_dir: a folder is expected (got {value!r})", param="output_dir")
-    folder = Path(value).expanduser().resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"output_dir: {folder} is not an empty folder; name a new one", param="output_dir")
-    return folder
+def _run_folder(planned: PlannedRun) -> Path:
+    """Where the run goes. torchtune's users keep the model in output_dir: there, it gets a folder of its own inside."""
+    new = f"{planned.config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    if planned.output_dir is None:
+        return load_settings(None, {}, os.environ).runs_dir / new
+    folder = Path(planned.output_dir).expanduser().resolve()
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return folder
+    is_a_run = (folder / "events.jsonl").exists() or (folder / "result.json").exists()
+    if planned.is_torchtune and folder.is_dir() and not is_a_run:
+        print(f"note: output_dir: {folder} is not empty; the run goes into {new} in it", file=sys.stderr, flush=True)
+        return folder / new
+    what = "holds a run already" if is_a_run else "is not an empty folder"
+    raise UserError(f"output_dir: {folder} {what}; name a new one", param="output_dir")
 
 
 def _train(run: RunFolder) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 import service
@@ -10,18 +11,32 @@ from lm.errors import UserError
 ROOT = Path(service.__file__).resolve().parents[1]
 
 
+def stock_configs() -> dict[str, Path]:
+    """By name: `serve`, `llama3_2/1B_lora_cpu`; those outside of a family's folder first."""
+    folder = ROOT / "configs"
+    files = sorted(folder.rglob("*.yaml"), key=lambda file: (file.parent != folder, file))
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
 def find_config(name: str) -> Path:
     """The YAML file at the path `name`, or the stock config of that name, with or without `.yaml`.
 
-    Raises UserError with the stock names.
+    Raises UserError with stock names.
     """
     path = Path(name).expanduser()
-    stock = {file.stem: file for file in sorted((ROOT / "configs").glob("*.yaml"))}
+    stock = stock_configs()
+    key = name.removeprefix("configs/").removesuffix(".yaml")
     if path.is_file():
         return path
-    if path.parent in (Path(), Path("configs")) and path.name.removesuffix(".yaml") in stock:
-        return stock[path.name.removesuffix(".yaml")]
-    raise UserError(f"config: there is no file {name}, and no stock config of that name: {', '.join(stock)}")
+    if key in stock:
+        return stock[key]
+    near = difflib.get_close_matches(key, stock, n=3, cutoff=0.5)
+    shown = list(dict.fromkeys([*near, *(known for known in stock if "/" not in known)]))
+    raise UserError(
+        f"config: there is no file {name}, and no stock config of that name: {', '.join(shown)} ... "
+        f"`tuneserve ls` lists all {len(stock)}",
+        param="config",
+    )
 
 
 def find_data(name: str) -> Path:

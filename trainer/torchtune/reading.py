@@ -48,10 +48,9 @@ def _check_events(text: str, name: str) -> None:
     depth = nodes = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            line = event.start_mark.line + 1
+            line = f"line {event.start_mark.line + 1}: " if event.start_mark else ""
             raise UserError(
-                f"{name}: line {line}: YAML aliases (*{event.anchor:.40}) are not read; write the value out, or use "
-                "${...}",
+                f"{name}: {line}YAML aliases (*{event.anchor:.40}) are not read; write the value out, or use ${{...}}",
                 param=name,
             )
         nodes += isinstance(event, yaml.NodeEvent)
