@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from lm.config import CONFIG_FILE
@@ -36,6 +37,8 @@ LOOKED_FOR = (
     f"{SINGLE_FILE}, {INDEX_FILE}, {TORCH_FILE}, {TORCH_INDEX_FILE}, pytorch_model-*.bin, ft-model-*.bin, "
     f"hf_model_*.pt, meta_model_*.pt, torchtune_model_*.pt and consolidated.00.pth (also in {ORIGINAL})"
 )
+
+MAX_NAMED = 5
 
 Matches = dict[Path, re.Match[str]]
 
@@ -78,7 +81,7 @@ def warn_of_unread(folder: Path) -> None:
             "%s holds safetensors, which are read, and also %s, which are not: move these into a folder of their own, "
             "with the config and the tokenizer, to use them",
             folder,
-            ", ".join(names[:5]),
+            ", ".join(names[:MAX_NAMED]),
         )
 
 
@@ -146,10 +149,10 @@ def _check_parts(folder: Path, found: Matches) -> None:
     example = next(iter(found.values())).groupdict()
     if "part" not in example:
         return
-    parts = [int(match["part"]) for match in found.values()]
+    parts = {int(match["part"]) for match in found.values()}
     first = min(1, *parts)
     last = first + int(example["parts"]) - 1 if "parts" in example else max(parts)
-    missing = sorted(set(range(first, last + 1)) - set(parts))
+    missing = islice((part for part in range(first, last + 1) if part not in parts), MAX_NAMED + 1)
     pattern = next(iter(found)).name.replace(example["part"], "{}", 1)
     width = len(example["part"])
     _refuse_missing(folder, [pattern.format(f"{part:0{width}}") for part in missing], "their numbers")
@@ -157,8 +160,8 @@ def _check_parts(folder: Path, found: Matches) -> None:
 
 def _refuse_missing(folder: Path, names: list[str], source: str) -> None:
     if names:
-        rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        reason = f"{', '.join(names[:5])}{rest}, which {source} call for"
+        rest = " and more" if len(names) > MAX_NAMED else ""
+        reason = f"{', '.join(names[:MAX_NAMED])}{rest}, which {source} call for"
         raise UserError(f"{folder} lacks the files {reason}: copy them there again", param="model")
 
 

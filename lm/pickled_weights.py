@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lm.config import ModelConfig
 from lm.errors import UserError
-from lm.layout import PickledFiles, find_pickled
+from lm.layout import PickledFiles, config_name, find_pickled
 from lm.weight_files import UNUSED_SUFFIX, Shape, expected_shapes
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -174,7 +174,7 @@ def _with_hf_names(found: Mapping[str, Stored], config: ModelConfig) -> dict[str
     for name, stored in found.items():
         hf_name = _hf_name(name, TORCHTUNE if is_torchtune else META)
         _refuse(stored.file, f"holds both {name} and another name for", [hf_name] if hf_name in renamed else [])
-        layer = hf_name.split(".")[-2] if "." in hf_name else ""
+        layer = hf_name.split(".")[-2] if hf_name != name else ""
         renamed[hf_name] = replace(stored, interleaved_heads=heads.get(layer))
     if EMBEDDING in renamed and not config.tie_word_embeddings:
         renamed.setdefault(HEAD, renamed[EMBEDDING])
@@ -199,8 +199,8 @@ def _check(folder: Path, found: Mapping[str, Stored], config: ModelConfig) -> No
     wrong += [f"{name} has dtype {dtype}" for name, dtype in dtypes.items() if dtype not in FLOATS]
     unknown = [name for name in found if name not in shapes and name != HEAD]
     _refuse(folder, "lacks the tensors", [name for name in shapes if name not in found])
-    _refuse(folder, "does not fit its config.json:", wrong)
-    _refuse(folder, "has tensors that its config.json leaves no place for:", unknown)
+    _refuse(folder, f"does not fit its {config_name(folder)}:", wrong)
+    _refuse(folder, f"has tensors that its {config_name(folder)} leaves no place for:", unknown)
 
 
 def _refuse(where: Path, what: str, names: list[str]) -> None:

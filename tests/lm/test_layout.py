@@ -42,6 +42,12 @@ def test_a_missing_part_is_named(tmp_path: Path, layout: str, gone: str, reason:
     refused(folder, rf"lacks the files {gone}, {reason}")
 
 
+def test_a_number_out_of_all_bounds_is_no_work(tmp_path: Path) -> None:
+    folder = bin_folder(tmp_path)
+    (folder / BIN).rename(folder / f"ft-model-00001-of-{10**18}.bin")
+    refused(folder, rf"lacks the files ft-model-00002-of-{10**18}\.bin, .* and more, which their numbers call for")
+
+
 def test_the_last_part_of_an_epoch_is_missed_by_its_tensors(tmp_path: Path) -> None:
     folder = write_layout(make_tiny_llama(tmp_path / "base"), tmp_path / "other", "hf_model.pt")
     (folder / "hf_model_0002_10.pt").unlink()

@@ -99,6 +99,15 @@ def test_a_tied_checkpoint_may_repeat_its_embedding_but_not_hold_another_head(tm
         load(other)
 
 
+def test_one_of_metas_names_among_others_turns_no_rows(tmp_path: Path) -> None:
+    base = make_tiny_llama(tmp_path / "base", tie_word_embeddings=False)
+    tensors = load_file(base / "model.safetensors")
+    folder = write_layout(base, tmp_path / "mixed", "pytorch_model.bin")
+    tensors["output.weight"] = tensors.pop("lm_head.weight")
+    torch.save(tensors, folder / BIN)
+    assert torch.equal(logits(folder), logits(base))
+
+
 def test_tables_of_frequencies_are_passed_over(tmp_path: Path) -> None:
     table = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(2)}
     base = make_tiny_llama(tmp_path / "base")
