@@ -14,12 +14,12 @@ import errno
 import logging
 import sqlite3
 from reprlib import Repr
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
+from pydantic import BaseModel, Tag
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -160,6 +160,7 @@ def _validation_error(request: Request, error: RequestValidationError) -> ApiErr
     """The first mistake: field, value, and what is allowed."""
     first: dict[str, Any] = error.errors()[0]
     source, *path = first["loc"]
+    model, path = _body_model(request, path)
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']} at character {path[0]}")
     field = ".".join(str(part) for part in path)
@@ -168,16 +169,26 @@ def _validation_error(request: Request, error: RequestValidationError) -> ApiErr
         what = f"the {source} must be a JSON object, sent with Content-Type: application/json"
         return ApiError(400, message if first["type"] == "value_error" else what)
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{field}: unknown field; {_known_fields(request, path)}", param=field)
+        return ApiError(400, f"{field}: unknown field; {_known_fields(model, path)}", param=field)
     if first["type"] == "missing":
         return ApiError(400, f"{field}: this field is required", param=field)
     return ApiError(400, f"{field}: {message[:1].lower()}{message[1:]} (got {_echo.repr(first['input'])})", param=field)
 
 
-def _known_fields(request: Request, path: list[str | int]) -> str:
+def _body_model(request: Request, path: list[str | int]) -> tuple[type[BaseModel] | None, list[str | int]]:
+    """The model of the body, and the path within it. Where a body has one of several forms, the path begins with the
+    tag of the one that was meant."""
     body_field = getattr(request.scope.get("route"), "body_field", None)
     body = None if body_field is None else body_field.field_info.annotation
-    return known_fields(body, tuple(path)) if isinstance(body, type) and issubclass(body, BaseModel) else "remove it"
+    for form, *marks in map(get_args, get_args(body)):
+        if path and any(isinstance(mark, Tag) and mark.tag == path[0] for mark in marks):
+            body, path = form, path[1:]
+            break
+    return (body if isinstance(body, type) and issubclass(body, BaseModel) else None), path
+
+
+def _known_fields(model: type[BaseModel] | None, path: list[str | int]) -> str:
+    return "remove it" if model is None else known_fields(model, tuple(path))
 
 
 def _printable(text: str) -> str:

@@ -84,6 +84,8 @@ class Job:
     progress: Progress
     error: JobError | None
     fine_tuned_model: str | None
+    notes: tuple[str, ...] = ()
+    """What of a configuration of torchtune was mapped rather than taken as it is."""
 
     @property
     def finished(self) -> bool:

@@ -42,6 +42,7 @@ class JobStore:
         promote: Promote,
         file_id: str | None = None,
         job_id: str | None = None,
+        notes: Iterable[str] = (),
     ) -> Job:
         """Insert a job with its first event, which is named like its status."""
         job_id = job_id or new_id("ftjob-")
@@ -56,6 +57,7 @@ class JobStore:
                 file_id=file_id,
                 suffix=suffix,
                 promote=promote,
+                notes=json.dumps(list(notes)),
                 created_at=time.time(),
             )
             self.record(job_id, [{"type": status}])
@@ -162,6 +164,7 @@ def _job(row: sqlite3.Row) -> Job:
             **columns,
             "options": TrainingOptions.model_validate_json(columns["options"]),
             "data_files": tuple(json.loads(columns["data_files"])),
+            "notes": tuple(json.loads(columns["notes"])),
             "cancel_requested": bool(columns["cancel_requested"]),
             "progress": Progress(**json.loads(columns["progress"])),
             "error": error and JobError(**error),

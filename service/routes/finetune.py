@@ -8,19 +8,31 @@ from collections.abc import AsyncGenerator, Iterable
 from typing import Annotated
 
 import msgspec
-from fastapi import APIRouter, Header, Path, Query
+from fastapi import APIRouter, Body, Header, Path, Query
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from lm.config import load_config
-from lm.errors import UserError
+from lm.errors import NotFoundError, UserError
 from service.datasets import discard_dataset, take_dataset
+from service.finetune_config import in_config, take_config
 from service.jobs.job import Job, new_id
 from service.jobs.policy import queue_position
 from service.jobs.store import JobEvent, JobStore
-from service.schemas.finetune import EventList, FinetuneRequest, JobAnswer, JobList, MetricsAnswer, job_answer
+from service.schemas.finetune import (
+    AnyFinetuneRequest,
+    DatasetRequest,
+    EventList,
+    FinetuneRequest,
+    JobAnswer,
+    JobList,
+    MetricsAnswer,
+    TorchtuneRequest,
+    job_answer,
+)
 from service.services import Services, ServicesDep
 from service.sse import EventStream
+from trainer.config import TrainingOptions
 
 router = APIRouter(prefix="/finetune", tags=["Fine-tuning"])
 
@@ -32,29 +44,47 @@ EventId = Annotated[int, Query(ge=0, le=2**53)]
 
 
 @router.post("", status_code=202)
-async def create_job(request: FinetuneRequest, services: ServicesDep) -> JobAnswer:
-    """Start fine-tuning. Only `model` and `dataset` are required. Watch GET /finetune/{id}."""
+async def create_job(request: Annotated[AnyFinetuneRequest, Body()], services: ServicesDep) -> JobAnswer:
+    """Start fine-tuning. Only `model` and `dataset` are required, or only `config`: torchtune's configuration, as an
+    object or as the text of its YAML file. Watch GET /finetune/{id}."""
     services.admission.refuse_while_draining()
-    _check_model(services, request.model)
+    if isinstance(request, FinetuneRequest):
+        _check_model(services, request.model)
+        return await _submit(services, request, request.model, request.options(), request.dataset)
+    taken = await asyncio.to_thread(take_config, request, services.registry)
+    _check_model(services, taken.model)
+    try:
+        return await _submit(services, request, taken.model, taken.options, taken.dataset, notes=taken.notes)
+    except NotFoundError:
+        raise
+    except UserError as error:
+        raise (error if request.dataset is not None else in_config(error)) from error
+
+
+async def _submit(
+    services: Services,
+    request: FinetuneRequest | TorchtuneRequest,
+    model: str,
+    options: TrainingOptions,
+    dataset: DatasetRequest,
+    *,
+    notes: tuple[str, ...] = (),
+) -> JobAnswer:
     job_id = new_id("ftjob-")
     try:
-        options = request.options()
         data = await take_dataset(
-            request.dataset,
-            job_id=job_id,
-            settings=services.settings,
-            files=services.files,
-            reading=options.reading,
+            dataset, job_id=job_id, settings=services.settings, files=services.files, reading=options.reading
         )
         job = services.jobs.submit(
             job_id=job_id,
             status="queued" if data.is_checked else "validating_files",
-            model=request.model,
+            model=model,
             options=options,
             data_files=data.files,
             file_id=data.file_id,
             suffix=request.suffix or "",
             promote=request.promote,
+            notes=notes,
         )
     except (OSError, sqlite3.OperationalError):
         discard_dataset(job_id, services.settings)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from service.jobs.job import Job, Promote, Status
 from service.schemas.answers import Answer
@@ -28,6 +37,9 @@ DataFiles = Annotated[
         {"anyOf": [ONE_FILE, {"type": "array", "items": ONE_FILE, "minItems": 1, "maxItems": MAX_DATA_FILES}]}
     ),
 ]
+
+
+Suffix = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class DatasetRequest(Strict):
@@ -60,7 +72,7 @@ class FinetuneRequest(TrainingOptions):
     model: str
     """The base model to train: a name of GET /v1/models that is not itself fine-tuned."""
     dataset: DatasetRequest
-    suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
+    suffix: Suffix | None = None
     """Part of the name of the result, `ft:<model>:<organization>:<suffix>:<id>`. Letters, digits, `.`, `_` and `-`."""
     promote: Promote = "final"
     """When a checkpoint begins to answer: the last one at the end (`final`), `each` as it appears, the one with the
@@ -86,6 +98,36 @@ class FinetuneRequest(TrainingOptions):
     def options(self) -> TrainingOptions:
         named = {name: getattr(self, name) for name in TrainingOptions.model_fields}
         return TrainingOptions(**named | {"source": self.dataset.source or self.source})
+
+
+class TorchtuneRequest(Strict):
+    """POST /finetune with a configuration of torchtune. Only `config` is required."""
+
+    config: dict[str, Any] | str
+    """torchtune's configuration: an object, or the text of its YAML file. Names behind `_component_` are looked up in a
+    list, never imported (docs/torchtune.md). `checkpoint_dir` is a model in models/, `data_files` lie in data/."""
+    recipe: Recipe | None = None
+    """Default: `lora` where config.model is a lora_* builder, else `full`."""
+    model: str | None = None
+    """The base model, in place of config.checkpointer.checkpoint_dir."""
+    dataset: DatasetRequest | None = None
+    """The data, in place of config.dataset.data_files."""
+    suffix: Suffix | None = None
+    """As in a request without `config`."""
+    promote: Literal["final", "each", "manual"] = "final"
+    """As in a request without `config`."""
+
+
+def _form(body: object) -> str:
+    return CONFIG_FORM if isinstance(body, dict) and "config" in body else OPTIONS_FORM
+
+
+OPTIONS_FORM, CONFIG_FORM = "options", "torchtune"
+AnyFinetuneRequest = Annotated[
+    Annotated[FinetuneRequest, Tag(OPTIONS_FORM)] | Annotated[TorchtuneRequest, Tag(CONFIG_FORM)],
+    Discriminator(_form),
+]
+"""A body with `config` is a TorchtuneRequest."""
 
 
 class JobErrorAnswer(Answer):
@@ -147,6 +189,8 @@ class JobAnswer(Answer):
     promote: Promote
     config: dict[str, Any]
     """All training options as they are in effect; `epochs` is null until the data are counted, unless it was given."""
+    notes: list[str]
+    """What of a configuration of torchtune was mapped rather than taken as it is."""
     file_id: str | None
     queue_position: int | None
     """1 is next on its device. Null unless queued."""
@@ -209,6 +253,7 @@ def job_answer(job: Job, *, checkpoints: list[str], queue_position: int | None) 
             "learning_rate": job.options.peak_learning_rate,
             "epochs": job.options.epochs or started.get("epochs"),
         },
+        notes=list(job.notes),
         file_id=job.file_id,
         queue_position=queue_position,
         attempt=job.attempt,

@@ -28,8 +28,8 @@ def values(schema: dict[str, Any], definitions: dict[str, Any], *, depth: int = 
 
 
 def _followed(schema: dict[str, Any], definitions: dict[str, Any], depth: int) -> st.SearchStrategy[Any]:
-    if "anyOf" in schema:
-        return st.one_of([values(option, definitions, depth=depth) for option in schema["anyOf"]])
+    if options := schema.get("anyOf") or schema.get("oneOf"):
+        return st.one_of([values(option, definitions, depth=depth) for option in options])
     if "enum" in schema:
         return st.sampled_from(schema["enum"])
     if "const" in schema:
