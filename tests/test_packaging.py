@@ -79,6 +79,15 @@ def test_the_installed_command_knows_its_version_and_finds_its_configs_and_data(
     assert message == f"tuneserve: error: output_dir: {home} is not an empty folder; name a new one\n"
 
 
+def test_the_installed_command_copies_configs_of_families_and_generates(tuneserve: Path, home: Path) -> None:
+    assert output(tuneserve, home, "cp", "qwen3/0.6B_lora_npu", "mine.yaml") == "Copied file to mine.yaml\n"
+    assert (home / "mine.yaml").read_bytes() == (ROOT / "configs/qwen3/0.6B_lora_npu.yaml").read_bytes()
+    taken = ["~model", "~tokenizer", "checkpointer.checkpoint_dir=tiny", "checkpointer.checkpoint_files=null"]
+    taken += ["~checkpointer.model_type", "device=cpu", "max_new_tokens=4"]
+    shown = output(tuneserve, home, "run", "generate", "--config", "generation", *taken)
+    assert "Time for inference: " in shown, shown
+
+
 def test_the_installed_service_answers(tuneserve: Path, home: Path) -> None:
     options = ["--config", "serve", "model=tiny", "device=cpu", "dtype=fp32"]
     with running_server(home, *options, command=[str(tuneserve)], cwd=home) as server:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,21 @@ def find_in_order(patterns: tuple[str, ...], text: str) -> list[re.Match[str]]:
     return found
 
 
-def test_training_prints_the_lines_that_the_user_knows(run: subprocess.CompletedProcess[str]) -> None:
-    find_in_order(SETUP_LINES, run.stderr)
-    assert SAVED.search(run.stderr)
+def test_training_prints_the_lines_that_the_user_knows(
+    run: subprocess.CompletedProcess[str], figure: Callable[[str, object], None]
+) -> None:
+    for line in find_in_order(SETUP_LINES, run.stderr):
+        figure("tuneserve run, tiny Llama", line[0].strip())
+    saved = SAVED.search(run.stderr)
+    assert saved is not None
+    figure("tuneserve run, tiny Llama", saved[0])
 
 
 def test_training_counts_epochs_and_steps_as_torchtune_does_and_its_loss_falls(
-    run: subprocess.CompletedProcess[str],
+    run: subprocess.CompletedProcess[str], figure: Callable[[str, object], None]
 ) -> None:
+    lines = [found[0] for found in STEP.finditer(run.stderr)]
+    figure("tuneserve run, tiny Llama, the first and the last step", f"{lines[0]} ... {lines[-1]}")
     losses = {int(step): (int(epoch), float(loss)) for epoch, step, loss in STEP.findall(run.stderr)}
     assert list(losses) == list(range(1, EPOCHS * STEPS_PER_EPOCH + 1))
     assert [epoch for epoch, _ in losses.values()] == [1 + n // STEPS_PER_EPOCH for n in range(len(losses))]
@@ -125,7 +133,7 @@ def generation_words(user: TorchtuneUser, checkpoint: Path) -> list[str]:
 
 
 def test_generate_answers_with_the_lines_that_the_user_knows_and_true_values(
-    user: TorchtuneUser, checkpoint: Path
+    user: TorchtuneUser, checkpoint: Path, figure: Callable[[str, object], None]
 ) -> None:
     (user.data / "y.yaml").unlink(missing_ok=True)
     copied = tuneserve(user, "cp", "generation", "./y.yaml")
@@ -133,7 +141,9 @@ def test_generate_answers_with_the_lines_that_the_user_knows_and_true_values(
     words = [*generation_words(user, checkpoint), "device=cpu"]
     done = tuneserve(user, "run", "generate", "--config", "y.yaml", *words)
     assert done.returncode == 0, done.stderr
-    _, speed, _, memory, first, decode = find_in_order(GENERATION_LINES, done.stderr)
+    _, speed, _, memory, first, decode = lines = find_in_order(GENERATION_LINES, done.stderr)
+    for line in lines:
+        figure("tuneserve run generate, tiny Llama", line[0])
     assert float(speed[1]) > 0
     assert float(decode[1]) > 0
     assert float(memory[1]) > 0.05  # a process with torch in it takes more; torchtune printed 0.00
@@ -151,12 +161,14 @@ def test_the_users_one_file_serves_for_generate_too(user: TorchtuneUser) -> None
 
 @pytest.mark.parametrize("words", [("run", RECIPE), ("run", "generate")])
 def test_an_npu_without_a_card_is_an_error_with_the_reason_and_nothing_runs_on_the_processor(
-    user: TorchtuneUser, words: tuple[str, ...], tmp_path: Path
+    user: TorchtuneUser, words: tuple[str, ...], tmp_path: Path, figure: Callable[[str, object], None]
 ) -> None:
     out = f"checkpointer.output_dir={tmp_path / 'npu'}"
     done = tuneserve(user, *words, "--config", "x.yaml", *([out] if RECIPE in words else []))
     assert done.returncode in (1, 2)
-    assert re.search(r"device: 'npu' cannot be used: .*(torch_npu|NPU)", done.stderr), done.stderr
+    reason = re.search(r"device: 'npu' cannot be used: .*(torch_npu|NPU).*", done.stderr)
+    assert reason is not None, done.stderr
+    figure(f"tuneserve {' '.join(words)}, unmodified, without a card: exit code {done.returncode}", reason[0])
     assert "Model is initialized" not in done.stderr
     assert "|Loss:" not in done.stderr
     assert done.stdout == ""
