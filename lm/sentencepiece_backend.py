@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -19,6 +20,7 @@ from tokenizers import AddedToken
 from lm.errors import UserError
 from lm.tokenizer_settings import TokenSettings
 
+SPACE = "▁"
 # Protobuf messages merge by concatenation. NormalizerSpec is field 3 of the model, add_dummy_prefix its field 3,
 # remove_extra_whitespaces its field 4.
 WITHOUT_PREFIX = b"\x1a\x02\x18\x00"
@@ -31,7 +33,9 @@ class SentencePieceBackend:
     behind_tokens: SentencePieceProcessor
     """Encodes what stands behind a special token."""
     verbatim: SentencePieceProcessor
-    """Decodes what stands behind some text: it keeps the first space."""
+    """Decodes, and keeps the first space."""
+    drops_prefix: bool
+    """Whether a space at the start of the text is the prefix that encoding adds."""
     texts: tuple[str, ...]
     """Of the model's own pieces, by id."""
     added: Mapping[int, str]
@@ -39,6 +43,7 @@ class SentencePieceBackend:
     ids: Mapping[str, int]
     """Ids of all that is found when it is spelled in a text."""
     special: frozenset[int]
+    unknown: int
     pattern: re.Pattern[str]
     """Finds those."""
     swallows_left: frozenset[str]
@@ -78,16 +83,17 @@ class SentencePieceBackend:
         return ids, ends
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        text = ""
-        run: list[int] = []
-        for token_id in ids:
-            if self._is_piece(token_id, skip_special_tokens):
-                run.append(token_id)
-            else:
-                text += self._decode_run(run, is_first=not text)
-                text += "" if skip_special_tokens and token_id in self.special else self.id_to_token(token_id) or ""
-                run = []
-        return text + self._decode_run(run, is_first=not text)
+        """SentencePiece's text, which shows an unknown token as U+2047; without skipping, that is its own text, too."""
+        spelled = self.added.keys() if skip_special_tokens else self.added.keys() | self.special
+        shown = [index for index in ids if self.id_to_token(index) is not None]
+        if skip_special_tokens:
+            shown = [index for index in shown if index == self.unknown or index not in self.special]
+        text = "".join(
+            "".join(self.id_to_token(index) or "" for index in run) if spell else self.verbatim.decode(list(run))
+            for spell, run in groupby(shown, key=lambda index: index in spelled)
+        )
+        has_prefix = shown and shown[0] not in spelled and self.texts[shown[0]].startswith(SPACE)
+        return text[1:] if self.drops_prefix and has_prefix else text
 
     def token_to_id(self, token: str) -> int | None:
         if token in self.ids:
@@ -120,15 +126,6 @@ class SentencePieceBackend:
         if start < len(text):
             yield text[start:], processor, (start, len(text))
 
-    def _is_piece(self, token_id: int, skip_special_tokens: bool) -> bool:
-        """Whether SentencePiece decodes it, which writes nothing for a control token."""
-        own = 0 <= token_id < len(self.texts)
-        return own and token_id not in self.added and (skip_special_tokens or token_id not in self.special)
-
-    def _decode_run(self, run: list[int], *, is_first: bool) -> str:
-        text: str = (self.pieces if is_first else self.verbatim).decode(run) if run else ""
-        return text
-
 
 def load_sentencepiece(path: Path, data: bytes, settings: TokenSettings) -> SentencePieceBackend:
     """The tokenizer in `data`, the content of `path`, with the tokens of the settings.
@@ -153,10 +150,14 @@ def load_sentencepiece(path: Path, data: bytes, settings: TokenSettings) -> Sent
         pieces=pieces,
         behind_tokens=later,
         verbatim=verbatim,
+        drops_prefix=any(
+            pieces.decode([i]) != verbatim.decode([i]) for i, text in enumerate(texts) if text.startswith(SPACE)
+        ),
         texts=texts,
         added={index: token.content for index, token in tokens.items() if own.get(token.content) != index},
         ids=ids,
         special=frozenset(special),
+        unknown=pieces.unk_id(),
         pattern=_pattern([*(AddedToken(text) for text in own), *tokens.values()]),
         swallows_left=frozenset(token.content for token in tokens.values() if token.lstrip),
         swallows_right=frozenset(token.content for token in tokens.values() if token.rstrip),

@@ -30,30 +30,42 @@ FORMATS = {
         "<s>[INST] 你好? [/INST]",
     ),
     "llama3": (
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\n你好?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\nHi 🙂<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nAnd 1+1?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n2<|eot_id|>",
-        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n你好?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        (
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\n你好?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nHi 🙂<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nAnd 1+1?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n2<|eot_id|>"
+        ),
+        (
+            "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n你好?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n"
+        ),
     ),
     "qwen": (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n你好?<|im_end|>\n"
-        "<|im_start|>assistant\nHi 🙂<|im_end|>\n<|im_start|>user\nAnd 1+1?<|im_end|>\n"
-        "<|im_start|>assistant\n2<|im_end|>\n",
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n你好?<|im_end|>\n"
-        "<|im_start|>assistant\n",
+        (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n你好?<|im_end|>\n"
+            "<|im_start|>assistant\nHi 🙂<|im_end|>\n<|im_start|>user\nAnd 1+1?<|im_end|>\n"
+            "<|im_start|>assistant\n2<|im_end|>\n"
+        ),
+        (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n你好?<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        ),
     ),
     "qwen3": (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n你好?<|im_end|>\n"
-        "<|im_start|>assistant\nHi 🙂<|im_end|>\n<|im_start|>user\nAnd 1+1?<|im_end|>\n"
-        "<|im_start|>assistant\n2<|im_end|>\n",
+        (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n你好?<|im_end|>\n"
+            "<|im_start|>assistant\nHi 🙂<|im_end|>\n<|im_start|>user\nAnd 1+1?<|im_end|>\n"
+            "<|im_start|>assistant\n2<|im_end|>\n"
+        ),
         "<|im_start|>user\n你好?<|im_end|>\n<|im_start|>assistant\n",
     ),
     "chatml": (
-        "<s><|im_start|>system\nBe brief.</s>\n<|im_start|>user\n你好?</s>\n<|im_start|>assistant\nHi 🙂</s>\n"
-        "<|im_start|>user\nAnd 1+1?</s>\n<|im_start|>assistant\n2</s>\n",
+        (
+            "<s><|im_start|>system\nBe brief.</s>\n<|im_start|>user\n你好?</s>\n<|im_start|>assistant\nHi 🙂</s>\n"
+            "<|im_start|>user\nAnd 1+1?</s>\n<|im_start|>assistant\n2</s>\n"
+        ),
         "<s><|im_start|>user\n你好?</s>\n<|im_start|>assistant\n",
     ),
 }

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
+from bisect import bisect_right
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,10 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from lm.errors import NotFoundError, UserError
-from lm.tokenizer import load_tokenizer
+from lm.tokenizer import MAX_FILE_BYTES, load_tokenizer
+from service.detokenizer import IncrementalDecoder
 from tests.support.texts import random_texts
-from tests.support.tiny_tokenizers import STYLES, write_json, write_tokenizer
+from tests.support.tiny_tokenizers import STYLES, make_sentencepiece, make_tiktoken_file, write_json, write_tokenizer
 
 
 @pytest.mark.parametrize("add_special_tokens", [True, False])
@@ -28,6 +32,23 @@ def test_ids_and_decoded_text_equal_those_of_transformers(tmp_path: Path, style:
         assert ids == theirs(text, add_special_tokens=add_special_tokens)["input_ids"], text
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
         assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids), text
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_tokenizer_json_ids_and_text_equal_those_of_transformers(
+    tmp_path: Path, style: str, figure: Callable[[str, object], None]
+) -> None:
+    write_tokenizer(tmp_path, style)
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    texts = random_texts(10_000)
+    ids = theirs(texts)["input_ids"]
+    shown = theirs.batch_decode(ids)
+    different = sum(
+        ours.encode(text) != expected or ours.decode(expected, skip_special_tokens=False) != written
+        for text, expected, written in zip(texts, ids, shown, strict=True)
+    )
+    figure(f"tokenizer.json ({style}): strings that differ from transformers", f"{different} of 10000")
+    assert different == 0
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -158,3 +179,78 @@ def test_tokenizer_and_template_load_neither_torch_nor_transformers() -> None:
     code = "import sys, lm.template, lm.tokenizer; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert printed == "set()\n"
+
+
+KINDS: dict[str, Callable[[Path], object]] = {
+    "BPE": make_sentencepiece,
+    "unigram": lambda path: make_sentencepiece(path, "unigram"),
+    "NFKC": lambda path: make_sentencepiece(path, "unigram", byte_fallback=False, normalization_rule_name="nmt_nfkc"),
+    "tiktoken": make_tiktoken_file,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pieces_of_an_answer_put_together_are_the_whole(tmp_path: Path, kind: str) -> None:
+    KINDS[kind](tmp_path / "tokenizer.model")
+    write_json(tmp_path / "tokenizer_config.json", {"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer = load_tokenizer(tmp_path)
+    rng = random.Random(1)
+    answers = [tokenizer.encode(text) for text in random_texts(500)]
+    answers += [[rng.randrange(tokenizer.backend.last_id + 3) for _ in range(rng.randrange(40))] for _ in range(500)]
+    for ids in answers:
+        decoder = IncrementalDecoder(tokenizer.decode)
+        pieces = [decoder.add(token_id) for token_id in ids]
+        assert "".join(pieces) + decoder.flush() == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["BPE", "unigram", "tiktoken"])
+def test_ends_of_the_tokens_of_a_tokenizer_model_reach_the_end_of_the_text(tmp_path: Path, kind: str) -> None:
+    KINDS[kind](tmp_path / "tokenizer.model")
+    tokenizer = load_tokenizer(tmp_path)
+    for text in random_texts(1000):
+        ids, ends = tokenizer.encode_with_ends(text)
+        assert ids == tokenizer.encode(text, add_special_tokens=False)
+        assert len(ids) == len(ends)
+        assert ends == sorted(ends)
+        assert ends[-1:] == [len(text)][: len(ends)]
+        for end in set(ends):
+            shown = tokenizer.decode(ids[: bisect_right(ends, end)], skip_special_tokens=False)
+            assert shown.endswith((text[end - 1], text[end - 1].replace("▁", " "), "\ufffd"))
+
+
+def test_a_named_file_is_used_instead_of_the_folders_own(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "llama3")
+    (tmp_path / "other").mkdir()
+    num_ranks = make_tiktoken_file(tmp_path / "other" / "tokenizer.model")
+    make_sentencepiece(tmp_path / "tokenizer.model")
+    assert load_tokenizer(tmp_path).origin == "tokenizer.json (tokenizers)"
+    assert load_tokenizer(tmp_path, tmp_path / "tokenizer.model").origin == "tokenizer.model (SentencePiece)"
+    tokenizer = load_tokenizer(tmp_path, tmp_path / "other" / "tokenizer.model")
+    assert tokenizer.origin == "other/tokenizer.model (tiktoken)"
+    assert tokenizer.encode("Hi")[0] == num_ranks
+    with pytest.raises(NotFoundError, match=r"no tokenizer file .*nowhere") as caught:
+        load_tokenizer(tmp_path, tmp_path / "nowhere")
+    assert caught.value.param == "tokenizer_file"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_file_that_is_too_large_is_refused_unread(tmp_path: Path, name: str) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    with pytest.raises(UserError, match="134217729 bytes are over the limit of 134217728"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("make", [make_sentencepiece, make_tiktoken_file])
+def test_more_tokens_than_embeddings_are_refused_for_every_kind(tmp_path: Path, make: Callable[[Path], object]) -> None:
+    make(tmp_path / "tokenizer.model")
+    write_json(tmp_path / "config.json", {"vocab_size": 480})
+    with pytest.raises(UserError, match=r"but vocab_size in config\.json is 480"):
+        load_tokenizer(tmp_path)
+
+
+def test_qwens_turn_end_is_an_end_whatever_the_base_model_configures(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "smollm2")
+    write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<|endoftext|>"})
+    write_json(tmp_path / "config.json", {"model_type": "qwen2"})
+    assert load_tokenizer(tmp_path).eos_token_ids == (0, 2)

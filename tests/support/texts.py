@@ -7,9 +7,11 @@ import random
 FRAGMENTS = (
     *("Hello", "world", " ", "  ", "\n", "\n\n", "\t", "\r\n", "12345", "3.14", "don't", "naïve", "e\u0301", "ﬁ"),
     *("你好", "世界", "人工智能", "。", ",", "日本語", "한국어", "العربية", "🙂", "👩‍👩‍👧", "🤖"),
-    *("\u200b", "\ufeff", "\x00", "▁"),
+    *("\u200b", "\ufeff", "\x00", "\x01\x1b[0m\x7f", "\x85", "\u3000", "     ", "\t\t", " \n \n", "▁"),
+    *("a\u0300\u0301\u0327", "क्षि", "ไม้"),
     *("def f(x):\n    return x", "{'a': [1]}", "<b>&amp;</b>", "==", "#!/bin/sh", "C:\\n", "https://a.b/c?d=e", "Ġ"),
     *("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|begin_of_text|>", "<s>", "</s>", "<unk>", "<|im_end", "[INST]"),
+    *("<|end_of_text|>", "<|reserved_special_token_7|>", "<|python_tag|>"),
 )
 
 
