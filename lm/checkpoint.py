@@ -31,12 +31,14 @@ from lm.weight_files import INDEX_FILE, SINGLE_FILE, validate_checkpoint
 SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILE, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
 ORIGINAL_TOKENIZER = f"{ORIGINAL}/{TOKENIZER_MODEL}"
+TOKENIZER_PARTS = (TOKENIZER_FILE, TOKENIZER_MODEL, ORIGINAL_TOKENIZER, "added_tokens.json", "vocab.json", "merges.txt")
+"""What is a base's own tokenizer; its settings hold for another file of it, too."""
 TIKTOKEN_SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast"}
 SENTENCEPIECE_SETTINGS = {
     "tokenizer_class": "LlamaTokenizer",
     "add_bos_token": True,
     "add_eos_token": False,
-    "legacy": False,
+    "legacy": True,
 }
 """What transformers has to be told of Meta's files; of Llama 2's it would leave out the BOS."""
 COMPANIONS = (
@@ -88,19 +90,22 @@ def save_model(
     *,
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
+    tokenizer_file: Path | None = None,
 ) -> None:
     """Publish `state` (names as in `CausalLM.state_dict()`) as the model folder `final`, cast to `dtype`.
 
     config.json, with its dtype set, and tokenizer, template and generation settings come from `config_folder`, the
     base model; one in Meta's format gets Hugging Face's config.json and tokenizer.json. A base without a chat template
-    gets the default one that it was used with. Raises FileExistsError when `final` exists, UserError when `state` does
-    not fit the config.
+    gets the default one that it was used with. `tokenizer_file` is the file of the tokenizer that the model was trained
+    with, if it is not the base's own. Raises FileExistsError when `final` exists, UserError when `state` does not fit
+    the config.
     """
     with publish(final) as folder:
         _copy_companions(config_folder, folder)
         _write_config(config_folder, folder, dtype)
-        _write_tokenizer(config_folder, folder, load_config(config_folder))
-        template, origin = find_template(config_folder)
+        _write_tokenizer(config_folder, folder, load_config(config_folder), tokenizer_file)
+        tokenizer = load_tokenizer(config_folder, tokenizer_file) if tokenizer_file else None
+        template, origin = find_template(config_folder, tokenizer)
         if origin not in OWN_PLACES:
             (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         _write_weights(state, folder, dtype, shard_bytes)
@@ -149,15 +154,19 @@ def _copy_companions(source: Path, folder: Path) -> None:
         shutil.copyfile(source / ORIGINAL_TOKENIZER, folder / ORIGINAL_TOKENIZER)
 
 
-def _write_tokenizer(source: Path, folder: Path, config: ModelConfig) -> None:
-    """For a base that has Meta's tokenizer.model alone: in a form, or in the place, in which transformers reads it."""
+def _write_tokenizer(source: Path, folder: Path, config: ModelConfig, file: Path | None) -> None:
+    """Where the base's is not to be taken as it is, since it is another one or Meta's file alone: in a form, or in the
+    place, in which transformers reads it."""
     models = [path for path in (source / TOKENIZER_MODEL, source / ORIGINAL_TOKENIZER) if path.is_file()]
-    if (source / TOKENIZER_FILE).is_file() or not models:
+    if file is None and ((source / TOKENIZER_FILE).is_file() or not models):
         return
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, file)
     exported = tokenizer.tokenizer_json()
+    if file is not None:
+        for name in TOKENIZER_PARTS:
+            (folder / name).unlink(missing_ok=True)
     if exported is None:
-        shutil.copyfile(models[0], folder / TOKENIZER_MODEL)
+        shutil.copyfile(file or models[0], folder / TOKENIZER_MODEL)
     else:
         (folder / TOKENIZER_FILE).write_text(exported, encoding="utf-8")
     if not (folder / "tokenizer_config.json").is_file():

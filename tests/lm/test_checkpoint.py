@@ -237,6 +237,26 @@ def test_a_sentencepiece_file_goes_where_transformers_reads_it(tmp_path: Path, p
     assert not (tmp_path / "final" / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("make_tokenizer", [make_tiktoken_file, make_llama2_tokenizer])
+def test_the_tokenizer_that_was_trained_with_is_published_in_place_of_the_bases_own(
+    tmp_path: Path, make_tokenizer: Callable[[Path], int]
+) -> None:
+    file = tmp_path / "elsewhere.model"
+    base = make_tiny_llama(tmp_path / "base", vocab_size=make_tokenizer(file) + 256)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (base / name).unlink()
+    save_model(load(base).state_dict(), base, tmp_path / "final", dtype=torch.float32, tokenizer_file=file)
+    used = load_tokenizer(base, file)
+    assert AutoTokenizer.from_pretrained(tmp_path / "final").encode(TEXT, add_special_tokens=False) == used.encode(
+        TEXT, add_special_tokens=False
+    )
+    template = load_template(tmp_path / "final", load_tokenizer(tmp_path / "final"))
+    messages = [{"role": "user", "content": "Hello"}]
+    expected = load_template(base, used).encode(messages, add_generation_prompt=True)
+    assert template.encode(messages, add_generation_prompt=True) == expected
+    assert used.encode(TEXT) != load_tokenizer(base).encode(TEXT)
+
+
 def test_nothing_is_published_when_the_weights_do_not_fit_the_config(tmp_path: Path) -> None:
     base = make_tiny_llama(tmp_path / "base")
     state = load(base).state_dict()
