@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,17 +20,12 @@ from lm.device import choose_dtype, memory_figures, resolve_device, seed_everyth
 from lm.lora import add_lora
 from lm.model import CausalLM, build_model
 from lm.ops import choose_ops
-from lm.template import load_template
-from lm.tokenizer import load_tokenizer
 from trainer.config import RunConfig
 from trainer.data.batches import Batch, epoch_steps, in_batches, steps_per_epoch
-from trainer.data.dataset import Dataset, Example, load_dataset
-from trainer.data.packing import pack
-from trainer.data.records import Record, read_records
-from trainer.data.split import parse_split, take
 from trainer.loss import summed_cross_entropy
 from trainer.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from trainer.outcome import NonFiniteLoss
+from trainer.prepare import prepare_data
 from trainer.progress import Progress, StepReport
 from trainer.publish import Publisher, lora_spec
 from trainer.run_folder import RunFolder
@@ -73,9 +68,14 @@ class FineTuneRecipe:
     def setup(self) -> None:
         """Check the data first, since that is quick, then load what is trained."""
         seed_everything(self.config.seed, self.device)
-        self.dataset = self._load_dataset()
+        self.data = prepare_data(
+            self.config,
+            max_seq_len=min(self.config.max_seq_len, self.model_config.max_position_embeddings),
+            progress=self.progress,
+            check_cancelled=self.check_cancelled,
+        )
         self.steps_per_epoch = steps_per_epoch(
-            len(self.rows),
+            len(self.data.rows),
             batch_size=self.config.batch_size,
             accumulation=self.config.gradient_accumulation_steps,
         )
@@ -134,10 +134,10 @@ class FineTuneRecipe:
     @torch.no_grad()
     def validate(self) -> float | None:
         """Mean loss over the trained tokens of the held-out records. None when there are none."""
-        if not self.dataset.validation:
+        if not self.data.validation:
             return None
         self.model.eval()
-        batches = list(in_batches(self.dataset.validation, self.config.batch_size))
+        batches = list(in_batches(self.data.validation, self.config.batch_size))
         total = torch.stack([self.summed_loss(batch) for batch in batches]).sum().item()
         self.model.train()
         return float(total) / sum(batch.num_trained for batch in batches)
@@ -161,47 +161,6 @@ class FineTuneRecipe:
             )
 
     # ---- parts of setup
-
-    def _load_dataset(self) -> Dataset:
-        file = self.config.tokenizer_file
-        tokenizer = load_tokenizer(self.base) if file is None else load_tokenizer(self.base, Path(file))
-        template = load_template(self.base, tokenizer)
-        log.info("Tokenizer is initialized from file.")
-        self.max_seq_len = min(self.config.max_seq_len, self.model_config.max_position_embeddings)
-        dataset = load_dataset(
-            take(parse_split(self.config.split), self._records),
-            template,
-            max_seq_len=self.max_seq_len,
-            train_on_input=self.config.train_on_input,
-            validation_split=self.config.validation_split,
-            seed=self.config.seed,
-        )
-        self.rows = self._pack(dataset.training)
-        self._report_dataset(dataset)
-        return dataset
-
-    def _records(self) -> Iterator[Record]:
-        for name in self.config.data_files:
-            for record in read_records(Path(name), options=self.config.reading):
-                self.check_cancelled()
-                yield record
-
-    def _pack(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """What an epoch goes over: the examples, or rows of several."""
-        return pack(examples, self.max_seq_len) if self.config.packed else examples
-
-    def _report_dataset(self, dataset: Dataset) -> None:
-        report = dataset.report()
-        how = "by their columns" if self.config.data_format == "auto" else "as data_format says"
-        log.info(f"Data: {', '.join(f'{count} records of {name}' for name, count in dataset.formats.items())}, {how}.")
-        if self.config.packed:
-            share = report["tokens"] / (len(self.rows) * self.max_seq_len)
-            log.info(f"Packed {report['records']} records into {len(self.rows)} rows, {share:.1%} of them filled.")
-            report["rows"] = len(self.rows)
-        self.progress.event("dataset", **report)
-        for warning in dataset.warnings:
-            log.warning(warning)
-            self.progress.event("warning", message=warning)
 
     def _load_model(self) -> CausalLM:
         is_lora = self.config.recipe == "lora"
@@ -241,7 +200,7 @@ class FineTuneRecipe:
 
     def _steps(self, epoch: int) -> Iterator[list[Batch]]:
         return epoch_steps(
-            self.rows,
+            self.data.rows,
             batch_size=self.config.batch_size,
             accumulation=self.config.gradient_accumulation_steps,
             seed=self.config.seed,

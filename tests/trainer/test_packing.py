@@ -90,6 +90,6 @@ def test_a_packed_run_says_how_many_rows_it_has_and_learns(tiny_llama: Path, tmp
     recipe = train_here(run)
     (report,) = events(run, "dataset")
     assert report["records"] == len(RECORDS)
-    assert report["rows"] == len(recipe.rows) < len(RECORDS)
+    assert report["rows"] == len(recipe.data.rows) < len(RECORDS)
     assert recipe.total_steps == 2 * -(-report["rows"] // 2)
     assert losses(run)[-1] < losses(run)[0]

@@ -194,5 +194,5 @@ def test_records_longer_than_the_context_of_the_model_are_cut_there(tmp_path: Pa
     records = [*RECORDS, {"input": "Who?", "output": "Tuna " * 200}]
     run = make_run(tmp_path / "run", tiny_llama, records=records, max_steps=1, **FULL)
     recipe = train_here(run)
-    assert max(len(example.ids) for example in recipe.dataset.training) == 256
+    assert max(len(example.ids) for example in recipe.data.rows) == 256
     assert events(run, "dataset")[0]["truncated"] == 1
