@@ -88,6 +88,20 @@ def test_an_exported_tiktoken_file_is_read_by_transformers_with_equal_ids(tmp_pa
     assert different == 0
 
 
+def test_transformers_reads_the_file_with_equal_ids_but_without_special_tokens(tmp_path: Path, figure: Figure) -> None:
+    num_ranks = make_tiktoken_file(tmp_path / "tokenizer.model")
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert len(theirs) == num_ranks
+    texts = [text for text in random_texts(NUM_TEXTS) if "<|" not in text]
+    ids = theirs(texts)["input_ids"]
+    different = sum(ours.encode(text) != [num_ranks, *expected] for text, expected in zip(texts, ids, strict=True))
+    figure(
+        "tiktoken's file in transformers: strings without special tokens that differ", f"{different} of {len(texts)}"
+    )
+    assert different == 0
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
