@@ -117,6 +117,13 @@ class TorchtuneRequest(Strict):
     promote: Literal["final", "each", "manual"] = "final"
     """As in a request without `config`."""
 
+    @field_validator("config", mode="before")
+    @classmethod
+    def _is_readable(cls, value: object) -> object:
+        if isinstance(value, dict | str):
+            return value
+        raise ValueError("an object, or the text of a YAML file, is expected")
+
 
 def _form(body: object) -> str:
     return CONFIG_FORM if isinstance(body, dict) and "config" in body else OPTIONS_FORM

@@ -75,6 +75,9 @@ def _compare_type(name: str | None, config: dict[str, Any], folder: Path) -> Non
 
 def _file_notes(names: tuple[str, ...], folder: Path) -> list[str]:
     where = "checkpointer.checkpoint_files"
+    outside = next((name for name in names if name.startswith("/") or ".." in name.split("/")), None)
+    if outside is not None:
+        raise UserError(f"{where}: {outside!r:.80} is no file of checkpoint_dir", param=where)
     missing = next((name for name in names if not (folder / name).is_file()), None)
     if missing is not None:
         raise UserError(f"{where}: there is no file {missing!r:.80} in {folder}", param=where)
