@@ -169,7 +169,7 @@ class RunConfig(TrainingOptions):
     data_files: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
     """JSON, JSONL, CSV, Parquet or text files, as `source` and `data_format` say; records follow each other in this order."""
     tokenizer_file: str | None = None
-    """The tokenizer.json or tokenizer.model to use. Default: what is in the model's folder."""
+    """The tokenizer.json or tokenizer.model to use, and to put into the checkpoints. Default: the model's own."""
     model_name: str | None = None
     """The base model's public name, written into the adapter. Default: the folder."""
 

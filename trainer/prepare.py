@@ -37,7 +37,7 @@ def prepare_data(
                 check_cancelled()
                 yield record
 
-    template = _load_template(config, progress)
+    template = _load_template(config)
     dataset = load_dataset(
         take(parse_split(config.split), records),
         template,
@@ -51,15 +51,12 @@ def prepare_data(
     return RunData(rows, dataset.validation)
 
 
-def _load_template(config: RunConfig, progress: Progress) -> ChatTemplate:
+def _load_template(config: RunConfig) -> ChatTemplate:
     base = Path(config.model)
     file = None if config.tokenizer_file is None else Path(config.tokenizer_file)
     tokenizer = load_tokenizer(base, file)
     log.info("Tokenizer is initialized from file.")
     log.info(f"Tokenizer file: {tokenizer.origin}")
-    if file is not None and not file.resolve().is_relative_to(base.resolve()):
-        message = f"tokenizer_file {file} is not of the model {base}, whose own tokenizer goes into the checkpoints"
-        _warn(message, progress)
     return load_template(base, tokenizer)
 
 
@@ -73,9 +70,5 @@ def _report(config: RunConfig, dataset: Dataset, num_rows: int, max_seq_len: int
         report["rows"] = num_rows
     progress.event("dataset", **report)
     for warning in dataset.warnings:
-        _warn(warning, progress)
-
-
-def _warn(message: str, progress: Progress) -> None:
-    log.warning(message)
-    progress.event("warning", message=message)
+        log.warning(warning)
+        progress.event("warning", message=warning)

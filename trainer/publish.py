@@ -54,15 +54,24 @@ class Publisher:
         """Publish this step. Yields the kind and the path in the run folder of each folder, once it is complete."""
         checkpoint, adapter = (folder / f"step_{step}" for folder in (self.folder.checkpoints, self.folder.adapters))
         if self.config.recipe == "full":
-            save_model(model.state_dict(), self.base, checkpoint, dtype=self.dtype)
+            self._save(model, checkpoint)
             yield "full", self._log_sizes(checkpoint)
             return
         base_model = self.config.model_name or self.config.model
         save_adapter(model, lora_spec(self.config), adapter, base_model=base_model)
         yield "adapter", self._log_sizes(adapter)
         if final:
-            save_model(self._merged(model, adapter).state_dict(), self.base, checkpoint, dtype=self.dtype)
+            self._save(self._merged(model, adapter), checkpoint)
             yield "merged", self._log_sizes(checkpoint)
+
+    def _save(self, model: CausalLM, checkpoint: Path) -> None:
+        file = self.config.tokenizer_file
+        tokenizer_file = None if file is None else Path(file)
+        save_model(model.state_dict(), self.base, checkpoint, dtype=self.dtype, tokenizer_file=tokenizer_file)
+
+    def _save_model(self, model: CausalLM, checkpoint: Path) -> None:
+        tokenizer_file = None if self.config.tokenizer_file is None else Path(self.config.tokenizer_file)
+        save_model(model.state_dict(), self.base, checkpoint, dtype=self.dtype, tokenizer_file=tokenizer_file)
 
     def _merged(self, model: CausalLM, adapter: Path) -> CausalLM:
         """The base as it is on the disk, not as the run rounded it, with the adapter. In fp32, in host memory."""

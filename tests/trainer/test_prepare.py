@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from lm.errors import UserError
-from tests.support.runs import RECORDS, events, losses, make_run, train_here
+from lm.tokenizer import load_tokenizer
+from tests.support.runs import RECORDS, losses, make_run, train_here
 from trainer.config import load_run_config
 from trainer.prepare import RunData, prepare_data
 from trainer.progress import Progress
@@ -25,14 +26,14 @@ def prepare(run: RunFolder) -> RunData:
 
 
 def test_a_slice_is_taken_over_all_files_in_their_order(tiny_llama: Path, tmp_path: Path) -> None:
-    files = []
-    for number, part in enumerate((RECORDS[:10], RECORDS[10:])):
-        files.append(str(tmp_path / f"{number}.json"))
-        Path(files[-1]).write_text(json.dumps(part), encoding="utf-8")
-    whole = prepare(make_run(tmp_path / "whole", tiny_llama, data_files=files)).rows
-    part = prepare(make_run(tmp_path / "part", tiny_llama, data_files=files, split="train[8:-2]")).rows
-    assert len(whole) == 16
-    assert part == whole[8:14]
+    files = [tmp_path / "first.json", tmp_path / "second.json"]
+    for file, records in zip(files, (RECORDS[:10], RECORDS[10:]), strict=True):
+        file.write_text(json.dumps(records), encoding="utf-8")
+    names = [str(file) for file in files]
+    whole = prepare(make_run(tmp_path / "whole", tiny_llama, data_files=names))
+    part = prepare(make_run(tmp_path / "part", tiny_llama, data_files=names, split="train[8:-2]"))
+    assert len(whole.rows) == 16
+    assert part.rows == whole.rows[8:14]
 
 
 def test_forms_may_differ_from_record_to_record_and_are_counted(
@@ -44,23 +45,16 @@ def test_forms_may_differ_from_record_to_record_and_are_counted(
     assert "Data: 2 records of instruct, 1 records of text, 1 records of alpaca, by their columns." in caplog.messages
 
 
-def test_an_own_tokenizer_file_is_used_and_said_to_be_no_part_of_the_checkpoint(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
-    shutil.copy(tiny_llama / "tokenizer.json", tmp_path / "mine.json")
-    runs = [
-        make_run(tmp_path / name, tiny_llama, max_steps=2, **options)
-        for name, options in (
-            ("default", {}),
-            ("inside", {"tokenizer_file": str(tiny_llama / "tokenizer.json")}),
-            ("outside", {"tokenizer_file": str(tmp_path / "mine.json")}),
-        )
-    ]
-    for run in runs:
+def test_a_tokenizer_file_is_trained_with_and_goes_into_the_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    (base / "tokenizer.json").rename(tmp_path / "mine.json")
+    ours = make_run(tmp_path / "ours", base, max_steps=2, tokenizer_file=str(tmp_path / "mine.json"), recipe="full")
+    theirs = make_run(tmp_path / "theirs", tiny_llama, max_steps=2, recipe="full")
+    for run in (ours, theirs):
         train_here(run)
-    assert losses(runs[0]) == losses(runs[1]) == losses(runs[2])
-    assert [len(events(run, "warning")) for run in runs] == [0, 0, 1]
-    assert "mine.json is not of the model" in events(runs[2], "warning")[0]["message"]
+    assert losses(ours) == losses(theirs)
+    published = load_tokenizer(ours.checkpoints / "step_2")
+    assert published.encode("Who are you?") == load_tokenizer(tiny_llama).encode("Who are you?")
 
 
 def test_a_tokenizer_file_that_is_missing_is_named(tiny_llama: Path, tmp_path: Path) -> None:
