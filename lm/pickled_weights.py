@@ -19,9 +19,9 @@ from torch import Tensor
 from lm.config import ModelConfig
 from lm.errors import UserError
 from lm.layout import PickledFiles, config_name, find_pickled
-from lm.weight_files import UNUSED_SUFFIX, Shape, expected_shapes
+from lm.weight_files import HEAD, UNUSED_SUFFIX, check_tensors, refuse
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 UNUSED = "rope.freqs"
 """Meta's table of frequencies, which is computed today."""
@@ -89,12 +89,18 @@ def open_pickled(folder: Path, config: ModelConfig) -> dict[str, Stored]:
     for path in pickled.files:
         tensors = _read_table(path)
         _check_place(pickled, path, tensors)
-        _refuse(path, "repeats tensors of another file:", [name for name in tensors if name in found])
+        refuse(path, "repeats tensors of another file:", [name for name in tensors if name in found])
         found |= {name: Stored(file=path, tensor=tensor) for name, tensor in tensors.items()}
     _check_index(pickled, found)
     found = {name: stored for name, stored in found.items() if name != UNUSED and not name.endswith(UNUSED_SUFFIX)}
     renamed = _with_hf_names(found, config)
-    _check(folder, renamed, config)
+    check_tensors(
+        folder,
+        {name: tuple(stored.tensor.shape) for name, stored in renamed.items()},
+        config,
+        wrong_dtypes={n: stored.tensor.dtype for n, stored in renamed.items() if stored.tensor.dtype not in FLOATS},
+        config_file=config_name(folder),
+    )
     return renamed
 
 
@@ -118,7 +124,7 @@ def _read_table(path: Path) -> dict[str, Tensor]:
     if not isinstance(table, Mapping) or not all(isinstance(name, str) for name in table):
         raise UserError(f"{path} must hold a table of names and tensors (got {type(table).__name__})", param="model")
     odd = [f"{name} ({type(value).__name__})" for name, value in table.items() if not _is_plain(value)]
-    _refuse(path, "must map names to plain tensors, unlike", odd)
+    refuse(path, "must map names to plain tensors, unlike", odd)
     return dict(table)
 
 
@@ -133,7 +139,7 @@ def _check_archive(path: Path) -> None:
             "older than PyTorch 1.6. Copy it again, or save it anew",
             param="model",
         ) from error
-    _refuse(path, "has compressed parts, and must be as torch.save wrote it:", compressed)
+    refuse(path, "has compressed parts, and must be as torch.save wrote it:", compressed)
 
 
 def _refusal(path: Path, error: Exception) -> str:
@@ -154,13 +160,13 @@ def _is_plain(value: object) -> bool:
 def _check_place(pickled: PickledFiles, path: Path, tensors: Iterable[str]) -> None:
     if pickled.weight_map is not None and pickled.index is not None:
         unknown = [name for name in tensors if pickled.weight_map.get(name) != path.name]
-        _refuse(pickled.index, "does not name the tensors", unknown)
+        refuse(pickled.index, "does not name the tensors", unknown)
 
 
 def _check_index(pickled: PickledFiles, found: Mapping[str, Stored]) -> None:
     if pickled.weight_map is not None and pickled.index is not None:
         misplaced = [f"{name} ({file})" for name, file in pickled.weight_map.items() if name not in found]
-        _refuse(pickled.index, "names tensors that are not in their files:", misplaced)
+        refuse(pickled.index, "names tensors that are not in their files:", misplaced)
 
 
 def _with_hf_names(found: Mapping[str, Stored], config: ModelConfig) -> dict[str, Stored]:
@@ -173,7 +179,7 @@ def _with_hf_names(found: Mapping[str, Stored], config: ModelConfig) -> dict[str
     renamed: dict[str, Stored] = {}
     for name, stored in found.items():
         hf_name = _hf_name(name, TORCHTUNE if is_torchtune else META)
-        _refuse(stored.file, f"holds both {name} and another name for", [hf_name] if hf_name in renamed else [])
+        refuse(stored.file, f"holds both {name} and another name for", [hf_name] if hf_name in renamed else [])
         layer = hf_name.split(".")[-2] if hf_name != name else ""
         renamed[hf_name] = replace(stored, interleaved_heads=heads.get(layer))
     if EMBEDDING in renamed and not config.tie_word_embeddings:
@@ -186,29 +192,3 @@ def _hf_name(name: str, layers: Mapping[str, str]) -> str:
         kind = "bias" if match[3] == "bias" else "weight"
         return f"model.layers.{match[1]}.{layers[match[2]]}.{kind}"
     return TOP.get(name, name)
-
-
-def _check(folder: Path, found: Mapping[str, Stored], config: ModelConfig) -> None:
-    shapes = dict(expected_shapes(config))
-    wrong = [
-        f"{name} is {_times(tuple(found[name].tensor.shape))} and should be {_times(shape)}"
-        for name, shape in shapes.items()
-        if name in found and tuple(found[name].tensor.shape) != shape
-    ]
-    dtypes = {name: stored.tensor.dtype for name, stored in found.items()}
-    wrong += [f"{name} has dtype {dtype}" for name, dtype in dtypes.items() if dtype not in FLOATS]
-    unknown = [name for name in found if name not in shapes and name != HEAD]
-    _refuse(folder, "lacks the tensors", [name for name in shapes if name not in found])
-    _refuse(folder, f"does not fit its {config_name(folder)}:", wrong)
-    _refuse(folder, f"has tensors that its {config_name(folder)} leaves no place for:", unknown)
-
-
-def _refuse(where: Path, what: str, names: list[str]) -> None:
-    """Raise UserError that lists the first of `names`, if there are any."""
-    if names:
-        rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        raise UserError(f"{where} {what} {', '.join(names[:5])}{rest}", param="model")
-
-
-def _times(shape: Shape) -> str:
-    return "x".join(map(str, shape)) or "a scalar"

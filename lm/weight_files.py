@@ -19,6 +19,7 @@ from lm.errors import NotFoundError, UserError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+HEAD = "lm_head.weight"
 UNUSED_SUFFIX = ".rotary_emb.inv_freq"  # a table that llama checkpoints of 2023 carry and that is computed today
 
 Shape = tuple[int, ...]
@@ -70,22 +71,36 @@ def validate_checkpoint(folder: Path, config: ModelConfig) -> dict[str, TensorEn
     A tied checkpoint may also hold `lm_head.weight`. Raises NotFoundError when the folder does not exist, and
     UserError that names the files or tensors which are missing, damaged, unknown or of another shape.
     """
-    found = read_entries(folder)
-    found = {name: entry for name, entry in found.items() if not name.endswith(UNUSED_SUFFIX)}
-    wrong: list[str] = []
-    missing: list[str] = []
-    known = {"lm_head.weight"}
-    for name, shape in expected_shapes(config):
-        known.add(name)
-        if (entry := found.get(name)) is None:
-            missing.append(name)
-        elif entry.shape != shape:
-            wrong.append(f"{name} is {_times(entry.shape)} and should be {_times(shape)}")
-    wrong += [f"{name} has dtype {entry.dtype}" for name, entry in found.items() if entry.dtype not in FLOAT_DTYPES]
-    _refuse(folder, "lacks the tensors", missing)
-    _refuse(folder, "does not fit its config.json:", wrong)
-    _refuse(folder, "has tensors that its config.json leaves no place for:", [n for n in found if n not in known])
+    found = {name: entry for name, entry in read_entries(folder).items() if not name.endswith(UNUSED_SUFFIX)}
+    check_tensors(
+        folder,
+        {name: entry.shape for name, entry in found.items()},
+        config,
+        wrong_dtypes={name: entry.dtype for name, entry in found.items() if entry.dtype not in FLOAT_DTYPES},
+    )
     return found
+
+
+def check_tensors(
+    folder: Path,
+    shapes: Mapping[str, Shape],
+    config: ModelConfig,
+    *,
+    wrong_dtypes: Mapping[str, object],
+    config_file: str | None = "config.json",
+) -> None:
+    """Raise UserError that names the tensors of `folder` which are missing, unknown, or of another shape or dtype."""
+    expected = dict(expected_shapes(config))
+    wrong = [
+        f"{name} is {_times(shapes[name])} and should be {_times(shape)}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    wrong += [f"{name} has dtype {dtype}" for name, dtype in wrong_dtypes.items()]
+    unknown = [name for name in shapes if name not in expected and name != HEAD]
+    refuse(folder, "lacks the tensors", [name for name in expected if name not in shapes])
+    refuse(folder, f"does not fit its {config_file}:", wrong)
+    refuse(folder, f"has tensors that its {config_file} leaves no place for:", unknown)
 
 
 def read_entries(folder: Path) -> dict[str, TensorEntry]:
@@ -99,9 +114,9 @@ def read_entries(folder: Path) -> dict[str, TensorEntry]:
     weight_map = _read_index(folder / INDEX_FILE)
     headers = {name: read_header(folder / name) for name in sorted(set(weight_map.values()))}
     misplaced = [f"{tensor} ({file})" for tensor, file in weight_map.items() if tensor not in headers[file]]
-    _refuse(folder / INDEX_FILE, "names tensors that are not in their files:", misplaced)
+    refuse(folder / INDEX_FILE, "names tensors that are not in their files:", misplaced)
     entries = [(tensor, entry) for header in headers.values() for tensor, entry in header.items()]
-    _refuse(
+    refuse(
         folder / INDEX_FILE, "does not name the tensors", [tensor for tensor, _ in entries if tensor not in weight_map]
     )
     return {tensor: entry for tensor, entry in entries if entry.file.name == weight_map[tensor]}
@@ -134,7 +149,7 @@ def _is_plain_name(name: Any) -> bool:
     return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name
 
 
-def _refuse(where: Path, what: str, names: Iterable[str]) -> None:
+def refuse(where: Path, what: str, names: Iterable[str]) -> None:
     """Raise UserError that lists the first of `names`, if there are any."""
     listed = list(names)
     if listed:

@@ -5,11 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from lm.checkpoint import load_weights
 from lm.config import load_config
 from lm.lora import add_lora
 from lm.model import CausalLM, build_model
 from lm.ops import REFERENCE
+from lm.tokenizer import load_tokenizer
 from tests.support.runs import make_run
+from tests.support.tiny import make_tiny_model
+from tests.support.tiny_tokenizers import make_tiktoken_file
 from trainer.config import load_run_config
 from trainer.outcome import NoDiskSpace
 from trainer.publish import Publisher, lora_spec
@@ -42,3 +46,21 @@ def test_adapters_take_less_than_models(tmp_path: Path, tiny_llama: Path) -> Non
         sizes[recipe] = float(str(caught.value).split(" GB in all")[0].rpartition(" ")[2])
     assert sizes["full"] == pytest.approx(1e9 * load_config(tiny_llama).num_parameters * 4 / 1e9, rel=1e-3)
     assert sizes["lora"] < sizes["full"]
+
+
+@pytest.mark.parametrize("recipe", ["full", "lora"])
+def test_a_model_trained_with_another_tokenizer_is_published_with_it(tmp_path: Path, recipe: str) -> None:
+    tokenizer_file = tmp_path / "tokenizer.model"
+    make_tiktoken_file(tokenizer_file)
+    base = make_tiny_model(tmp_path / "base", "llama", vocab_size=1024)
+    run = make_run(tmp_path / "run", base, recipe=recipe, tokenizer_file=str(tokenizer_file))
+    config = load_run_config(run.config)
+    model = build_model(load_config(base), device=torch.device("cpu"), dtype=torch.float32, ops=REFERENCE)
+    load_weights(model, base)
+    if recipe == "lora":
+        add_lora(model, lora_spec(config))
+    *_, (_, folder) = Publisher(config, run, torch.float32).publish(model, 1, final=True)
+    text = "Who are you? 你是谁?"
+    ids = load_tokenizer(run.path / folder).encode(text)
+    assert ids == load_tokenizer(base, tokenizer_file).encode(text)
+    assert ids != load_tokenizer(base).encode(text)
