@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from trainer.config import RunConfig
 from trainer.data.dataset import Dataset, Example, load_dataset
 from trainer.data.packing import pack
 from trainer.data.records import Record, read_records
+from trainer.data.sources import find_source
 from trainer.data.split import parse_split, take
 from trainer.progress import Progress
 
@@ -62,6 +64,8 @@ def _load_template(config: RunConfig) -> ChatTemplate:
 
 def _report(config: RunConfig, dataset: Dataset, num_rows: int, max_seq_len: int, progress: Progress) -> None:
     report = dataset.report()
+    sources = Counter(find_source(Path(name), name, config.reading) for name in config.data_files)
+    log.info(f"Data files: {', '.join(f'{count} of {source}' for source, count in sources.items())}.")
     how = "by their columns" if config.data_format == "auto" else "as data_format says"
     log.info(f"Data: {', '.join(f'{count} records of {name}' for name, count in dataset.formats.items())}, {how}.")
     if config.packed:

@@ -53,6 +53,11 @@ def test_sharegpt_names_become_roles() -> None:
     assert turns(record) == [("system", "Be kind."), *[("user", "Hi"), ("assistant", "Hello.")] * 2]
 
 
+def test_fields_of_turns_that_are_not_looked_at_are_named() -> None:
+    record = {"id": 1, "conversations": [{**turn, "weight": 0} for turn in TURNS]}
+    assert read(record).unused_columns == ("id", "conversations[].weight")
+
+
 def test_column_map_says_what_a_file_calls_a_column() -> None:
     record = {"q": "a", "a": "b", "id": 1}
     assert turns(record, column_map={"input": "q", "output": "a"}) == [("user", "a"), ("assistant", "b")]

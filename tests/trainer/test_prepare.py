@@ -42,6 +42,7 @@ def test_forms_may_differ_from_record_to_record_and_are_counted(
     records: list[dict[str, Any]] = [*RECORDS[:2], {"text": "a line"}, {"instruction": "a", "output": "b"}]
     with caplog.at_level(logging.INFO):
         assert len(prepare(make_run(tmp_path / "run", tiny_llama, records=records)).rows) == 4
+    assert "Data files: 1 of json." in caplog.messages
     assert "Data: 2 records of instruct, 1 records of text, 1 records of alpaca, by their columns." in caplog.messages
 
 

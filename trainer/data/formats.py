@@ -98,6 +98,8 @@ class RecordReader:
 
     def __init__(self, record: Mapping[str, Any], options: ReadOptions, where: str, param: str | None) -> None:
         self.record, self.options, self.where, self.param = record, options, where, param
+        self.unused_fields: dict[str, None] = {}
+        """Fields of turns that are not looked at, a `weight` for one."""
 
     def text(self, column: str) -> str:
         name = self.options.column(column)
@@ -138,6 +140,10 @@ class RecordReader:
             known = ", ".join(SHAREGPT_ROLES)
             raise DataError(
                 f"{self.where}: {what}.from must be one of {known} (got {turn['from']!r:.80})", param=self.param
+            )
+        if len(turn) > len(("from", "value")):
+            self.unused_fields.update(
+                {f"{what.split('[')[0]}[].{key}": None for key in turn.keys() - {"from", "value"}}
             )
         return {"role": role, "content": text_of(turn["value"], f"{self.where}: {what}.value", self.param)}
 

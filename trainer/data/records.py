@@ -81,7 +81,7 @@ def to_record(
     text = _plain_text(reader) if data_format == "text" else None
     messages = with_prompts(CONVERTERS[data_format](reader), options) if text is None else []
     used = used_columns(data_format, options)
-    unused = tuple(key for key in record if key not in used)
+    unused = (*(key for key in record if key not in used), *reader.unused_fields)
     return Record(messages=messages, where=where, unused_columns=unused, text=text, data_format=data_format)
 
 
