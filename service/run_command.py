@@ -29,7 +29,7 @@ def run_recipe(recipe: str, config: str, words: Sequence[str]) -> int:
     a cancelled run. Raises UserError before anything is written.
     """
     planned = plan_run(recipe, config, words)
-    run = RunFolder(_run_folder(planned))
+    run = RunFolder(run_folder_of(planned))
     print_notes(planned.notes)
     run.path.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(planned.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -42,7 +42,7 @@ def run_recipe(recipe: str, config: str, words: Sequence[str]) -> int:
     return exit_code
 
 
-def _run_folder(planned: PlannedRun) -> Path:
+def run_folder_of(planned: PlannedRun) -> Path:
     """Where the run goes. torchtune's users keep the model in output_dir: there, it gets a folder of its own inside."""
     new = f"{planned.config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     if planned.output_dir is None:
