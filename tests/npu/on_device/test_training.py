@@ -64,11 +64,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(model.state_dict())
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("recipe", ["full", "lora"])
-def test_three_steps_have_the_losses_of_the_cpu(recipe: str, finetune: FineTune) -> None:
+def test_three_steps_have_the_losses_of_the_cpu(recipe: str, packed: bool, finetune: FineTune) -> None:
     losses = {}
     for device in ("npu", "cpu"):
-        result, folder = finetune(recipe=recipe, device=device, dtype="fp32")
+        result, folder = finetune(recipe=recipe, device=device, dtype="fp32", packed=packed, max_seq_len=128)
         assert result.status == "succeeded", result.error_message
         losses[device] = values(folder, "step", "loss")
     assert len(losses["npu"]) == 3
