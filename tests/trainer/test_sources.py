@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,16 @@ def test_any_bytes_are_records_or_a_mistake_of_the_user(
 ) -> None:
     with contextlib.suppress(DataError):
         assert list(read_records(write(tmp_path_factory.mktemp("any"), name, data)))
+
+
+def test_rows_are_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+    path = write(tmp_path, "train.csv", "input,output\n" + f'"{"a" * 5000}\n","b"\n' * 2000)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_records(path)) == 2000
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 10
+    finally:
+        tracemalloc.stop()
 
 
 # ---- Parquet
