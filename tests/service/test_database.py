@@ -9,6 +9,8 @@ import pytest
 from lm.errors import UserError
 from service import database
 from service.database import MIGRATIONS, Database
+from service.jobs.store import JobStore
+from trainer.config import TrainingOptions
 
 
 def test_a_new_database_has_the_newest_version_and_survives_reopening(tmp_path: Path) -> None:
@@ -131,3 +133,16 @@ def test_a_damaged_database_is_refused_with_the_mend_and_left_alone(
         with pytest.raises(UserError, match=r"tuneserve\.db cannot be used: .* move it away"):
             Database(path)
     assert path.read_bytes() == damaged
+
+
+def test_jobs_of_an_older_service_are_kept_and_have_no_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tuneserve.db"
+    monkeypatch.setattr(database, "MIGRATIONS", MIGRATIONS[:1])
+    old = Database(path)
+    columns = {"options": TrainingOptions().model_dump_json(), "data_files": "[]", "suffix": "", "promote": "final"}
+    old.insert("jobs", id="ftjob-old", status="succeeded", model="tiny", created_at=1.0, **columns)
+    old.close()
+    monkeypatch.setattr(database, "MIGRATIONS", MIGRATIONS)
+    upgraded = Database(path)
+    assert JobStore(upgraded).get("ftjob-old").notes == ()
+    upgraded.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -10,7 +11,7 @@ from yaml.nodes import MappingNode
 from lm.errors import UserError
 from trainer.config import ConfigLoader
 
-MAX_CHARACTERS = 256 << 10
+MAX_CHARACTERS = 64 << 10
 MAX_DEPTH = 20
 MAX_NODES = 10_000
 
@@ -19,11 +20,10 @@ class PlainLoader(ConfigLoader):
     """A key that stands twice is an error, as in OmegaConf."""
 
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        doubled = next((key for key in keys if keys.count(key) > 1), None)
-        if isinstance(doubled, str):
+        counts = Counter(key.value for key, _ in node.value if isinstance(key.value, str))
+        if doubled := [key for key, count in counts.items() if count > 1]:
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {doubled!r:.80} stands there twice", node.start_mark
+                None, None, f"the key {doubled[0]!r:.80} stands there twice", node.start_mark
             )
         return super().construct_mapping(node, deep=deep)
 
