@@ -181,7 +181,9 @@ def wait_for_end(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
     return job
 
 
-def test_the_service_takes_the_same_file_trains_and_answers_from_it(user: TorchtuneUser) -> None:
+def test_the_service_takes_the_same_file_trains_and_answers_from_it(
+    user: TorchtuneUser, figure: Callable[[str, object], None]
+) -> None:
     text = user.config.read_text(encoding="utf-8")
     with (
         running_server(user.home, f"model={NAME}", "device=cpu", "dtype=fp32") as server,
@@ -198,8 +200,11 @@ def test_the_service_takes_the_same_file_trains_and_answers_from_it(user: Torcht
         answer = client.post("/finetune", json={"config": text.replace("device: npu", "device: cpu")})
         assert answer.status_code == 202, answer.text
         assert answer.json()["notes"]
+        for note in answer.json()["notes"]:
+            figure("POST /finetune with the seed's YAML as config, a note", note)
         job = wait_for_end(client, answer.json())
         assert job["status"] == "succeeded", job["error"]
         request = {"prompt": "Who are you?", "max_tokens": 8, "model": job["fine_tuned_model"]}
         generated = client.post("/generate", json=request)
         assert generated.status_code == 200, generated.text
+        figure("POST /finetune with the seed's YAML as config", f"{job['status']}, {job['fine_tuned_model']} answers")
