@@ -69,10 +69,6 @@ class Publisher:
         tokenizer_file = None if file is None else Path(file)
         save_model(model.state_dict(), self.base, checkpoint, dtype=self.dtype, tokenizer_file=tokenizer_file)
 
-    def _save_model(self, model: CausalLM, checkpoint: Path) -> None:
-        tokenizer_file = None if self.config.tokenizer_file is None else Path(self.config.tokenizer_file)
-        save_model(model.state_dict(), self.base, checkpoint, dtype=self.dtype, tokenizer_file=tokenizer_file)
-
     def _merged(self, model: CausalLM, adapter: Path) -> CausalLM:
         """The base as it is on the disk, not as the run rounded it, with the adapter. In fp32, in host memory."""
         merged = build_model(model.config, device=torch.device("cpu"), dtype=torch.float32, ops=REFERENCE)
