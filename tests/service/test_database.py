@@ -3,6 +3,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,7 +140,12 @@ def test_jobs_of_an_older_service_are_kept_and_have_no_notes(tmp_path: Path, mon
     path = tmp_path / "tuneserve.db"
     monkeypatch.setattr(database, "MIGRATIONS", MIGRATIONS[:1])
     old = Database(path)
-    columns = {"options": TrainingOptions().model_dump_json(), "data_files": "[]", "suffix": "", "promote": "final"}
+    columns: dict[str, Any] = {
+        "options": TrainingOptions().model_dump_json(),
+        "data_files": "[]",
+        "suffix": "",
+        "promote": "final",
+    }
     old.insert("jobs", id="ftjob-old", status="succeeded", model="tiny", created_at=1.0, **columns)
     old.close()
     monkeypatch.setattr(database, "MIGRATIONS", MIGRATIONS)
