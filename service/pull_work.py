@@ -1,0 +1,85 @@
+"""What every kind of pull does: one at a time, leftovers away, conversion, messages. Torch-free."""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Never
+
+from tqdm import tqdm
+
+from lm.config import load_config
+from lm.errors import UserError
+from lm.gguf import convert_gguf
+from lm.layout import find_pickled, has_safetensors
+from lm.tokenizer import load_tokenizer
+from lm.weight_files import validate_checkpoint
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def check_model(folder: Path) -> None:
+    """Whether the model can be trained and served: its config, weights' headers and tokenizer.
+
+    Of files that torch wrote only the names are checked: reading them takes torch. Raises UserError.
+    """
+    config = load_config(folder)
+    if has_safetensors(folder):
+        validate_checkpoint(folder, config)
+    else:
+        find_pickled(folder)
+    load_tokenizer(folder)
+
+
+def destination(name: str, home: Path) -> Path:
+    """`home/models/NAME`. Raises UserError for a name that fits no model id, and where something is there already."""
+    if not MODEL_NAME.fullmatch(name):
+        raise UserError(
+            f"name: {name!r:.120} cannot stand in a model id; give another with --name: letters, digits, `.`, `_`, `-`",
+            param="name",
+        )
+    return home / "models" / name
+
+
+def refuse_present(folder: Path) -> None:
+    if folder.exists():
+        raise UserError(
+            f"name: there is a model {folder.name!r} in {folder.parent} already; choose another with --name, or delete "
+            "that folder",
+            param="name",
+        )
+
+
+def convert(source: Path, target: Path) -> None:
+    """Convert a GGUF file, with a progress bar."""
+    with tqdm(desc=f"converting {source.name}", unit="tensor", dynamic_ncols=True) as bar:
+        convert_gguf(source, target, lambda done, total: _advance(bar, done, total))
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """One pull of a model at a time; holding the lock, every temporary folder is one that a killed pull left."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another pull of this model")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
+            shutil.rmtree(leftover)
+        yield
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _advance(bar: tqdm[Never], done: int, total: int) -> None:
+    bar.total = total
+    bar.update(done - bar.n)
