@@ -15,7 +15,7 @@ from lm.errors import UserError
 from service import __version__
 from service.config_commands import copy_config, list_configs, validate_config
 from service.generate_command import run_generate
-from service.pull import MODELS, find_model, pull
+from service.pull import MODELS, pull_any
 from service.run_command import run_recipe
 from service.run_config import plan_generation, print_notes
 from service.server import serve
@@ -85,7 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config(command, "a file, or a stock config")
 
     command = _command(commands, "pull", "get a base model", _pull)
-    command.add_argument("model", help=" or ".join(MODELS))
+    command.add_argument("model", help=f"{', '.join(MODELS)}; a GGUF file; a model folder; or org/name of Hugging Face")
+    command.add_argument("--name", help="what the model is called here; default: the source's own name")
     command.add_argument("--home", help="default: $TUNESERVE_HOME, or ~/.tuneserve")
     return parser
 
@@ -160,7 +161,7 @@ def _validate(options: argparse.Namespace, rest: list[str]) -> int:
 def _pull(options: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest)
     home = {} if options.home is None else {"home": options.home}
-    print(pull(find_model(options.model), load_settings(None, home, os.environ).home))
+    print(pull_any(options.model, load_settings(None, home, os.environ).home, options.name))
     return 0
 
 
