@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lm.errors import NotFoundError, UserError
+from lm.layout import is_model_folder
 from service.database import Database
 from service.jobs.job import Job
 
@@ -26,6 +27,10 @@ Kind = Literal["base", "adapter", "full"]
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 NUM_NAMED = 20
+
+
+class NameTakenError(UserError):
+    """The name means another model already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,13 +71,38 @@ class Registry:
         self.database = database
         self.home = home
         self.organization = organization
+        rows = database.rows("SELECT id, folder FROM entries WHERE kind = 'base' AND folder IS NOT NULL")
+        self._added = {row["id"]: home / row["folder"] for row in rows}  # `bases` is asked from other threads, too
 
     # ---- entries
 
     def bases(self) -> dict[str, Path]:
-        """Base models by name, as the disk has them now. A name that could not stand in an id is left out."""
-        folders = [path.parent for path in sorted((self.home / "models").glob("*/config.json"))]
-        return {path.name: path for path in (*folders, *self._base_folders) if MODEL_NAME.fullmatch(path.name)}
+        """Base models by name, as the disk has them now. A name that could not stand in an id is left out.
+
+        Those that were added by name come first: none of them can take the name of a folder that is there.
+        """
+        folders = [path for path in sorted((self.home / "models").glob("*")) if is_model_folder(path)]
+        found = {path.name: path for path in (*folders, *self._base_folders) if MODEL_NAME.fullmatch(path.name)}
+        return {name: folder for name, folder in self._added.items() if is_model_folder(folder)} | found
+
+    def add_base(self, name: str, folder: Path) -> Entry:
+        """Make the model folder `folder`, which lies in models/, a base model `name`; it outlives a restart.
+
+        The same again changes nothing. Raises NameTakenError when the name means, or ever meant, another model.
+        """
+        bases = self.bases()
+        known = self.database.row("SELECT folder FROM entries WHERE id = ?", name)
+        default = self.home / "models" / name
+        registered = None if known is None else default if known["folder"] is None else self.home / known["folder"]
+        taken = bases.get(name, registered)
+        if taken is not None and taken.resolve() != folder.resolve():
+            raise NameTakenError(
+                f"name: {name!r} is the model in {taken} already; choose another name, or leave it out", param="name"
+            )
+        if name not in bases:
+            self._insert(id=name, base=name, kind="base", folder=str(folder.relative_to(self.home)))
+            self._added[name] = folder
+        return self.get(name)
 
     def base_folder(self, name: str) -> Path:
         """Raises NotFoundError with the names that exist."""
