@@ -1,13 +1,14 @@
-"""A GGUF file of a llama model, rewritten as a Hugging Face folder. Torch-free.
+"""A GGUF file of a llama, mistral or qwen model, rewritten as a Hugging Face folder. Torch-free.
 
 GGUF is llama.cpp's format: one file with quantized weights, hyperparameters and the tokenizer's data. Its converter
-renames the tensors and reorders the rows of q and k for its own RoPE layout; both are undone here.
+renames the tensors and, for llama, reorders the rows of q and k for its own RoPE layout; both are undone here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,10 +16,11 @@ from typing import Any, BinaryIO
 import gguf
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from lm.config import ModelConfig
 from lm.errors import UserError
+from lm.gguf_config import Table, generation_config, read_architecture, read_config
+from lm.gguf_tokenizer import write_tokenizer
 from lm.weight_files import Shape, expected_shapes
 
 OnTensor = Callable[[int, int], None]
@@ -30,6 +32,8 @@ LAYER_TENSORS = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
@@ -40,43 +44,68 @@ OUTER_TENSORS = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-CONTROL_TOKEN = 3
-"""llama.cpp's token type for special tokens."""
+ROPE_TABLE = "rope_freqs.weight"
+CHUNK_VALUES = 1 << 24
+"""How many weights are in memory at a time, about."""
+DAMAGE = (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, RecursionError)
+"""What the library raises for files that are cut off or altered."""
+
+
+class Reader(gguf.GGUFReader):
+    """The library's reader takes what lies past the end of a file for empty, and may then never come to an end."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> NDArray[Any]:
+        if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+            raise ValueError("it ends too early; download it again")
+        values: NDArray[Any] = super()._get(offset, dtype, count, override_order)
+        return values
+
+    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        """Types that the library has no name for are refused here, where it would say a number only."""
+        known = {int(kind) for kind in gguf.GGMLQuantizationType}
+        for field in fields:
+            name, kind = bytes(field.parts[1]).decode(), int(field.parts[4][0])
+            if kind not in known:
+                raise _unsupported(name, f"number {kind}")
+        super()._build_tensors(start_offs, fields)
 
 
 def convert_gguf(source: Path, target: Path, on_tensor: OnTensor = lambda done, total: None) -> None:
     """Write the model in the GGUF file `source` into the folder `target`, which exists and is empty.
 
-    Writes config.json, generation_config.json, model.safetensors (bf16, a tied embedding once), tokenizer.json,
-    tokenizer_config.json and chat_template.jinja. Raises UserError for a file that is not GGUF, for another
-    architecture or tokenizer than ours, and where tensors and hyperparameters do not agree.
+    Writes config.json, generation_config.json, model.safetensors (bf16, a tied embedding once), tokenizer_config.json,
+    tokenizer.json or tokenizer.model, and chat_template.jinja. Raises UserError for a file that is not GGUF, damaged
+    or a part of a model, for another architecture, tokenizer or type of weights than ours, and where tensors and
+    hyperparameters do not agree.
     """
-    try:
-        reader = gguf.GGUFReader(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source} is not a readable GGUF file: {error}") from error
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    config = _config(fields, tied="output.weight" not in {tensor.name for tensor in reader.tensors})
-    tensors = {_hf_name(tensor.name): tensor for tensor in reader.tensors}
+    fields, stored = _read(source)
+    architecture = read_architecture(fields)
+    with _damaged(source):
+        table = _rope_table(stored.pop(ROPE_TABLE, None))
+        config = read_config(fields, stored.keys(), table)
+    tensors = {_hf_name(name, config["model_type"]): tensor for name, tensor in stored.items()}
     shapes = dict(islice(expected_shapes(ModelConfig.from_dict(config)), len(tensors) + 1))
     _check_shapes(tensors, shapes)
+    _check_types(stored)
     _write_json(target / "config.json", config)
-    _write_json(target / "generation_config.json", _generation_config(config))
-    build_tokenizer(fields).save(str(target / "tokenizer.json"))
-    _write_json(target / "tokenizer_config.json", _tokenizer_config(fields, config))
-    if template := fields.get("tokenizer.chat_template"):
-        (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+    _write_json(target / "generation_config.json", generation_config(fields, config))
+    with _damaged(source):
+        write_tokenizer(target, fields, config)
+    heads = _permuted_heads(config) if architecture.permuted else {}
     with (target / "model.safetensors").open("wb") as file:
-        _write_safetensors(file, tensors, shapes, config, on_tensor)
+        _write_header(file, shapes)
+        for done, (name, shape) in enumerate(shapes.items(), start=1):
+            _write_tensor(file, tensors[name], shape, heads.get(name.split(".")[-2], 0))
+            on_tensor(done, len(shapes))
 
 
 def undo_permutation(weight: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
-    """Rows of a q or k projection from llama.cpp's order back to HF's.
+    """Rows of a q or k projection (or its bias) from llama.cpp's order back to HF's.
 
     llama.cpp rotates neighbouring pairs of rows, HF the two halves of a head; its converter interleaves the halves.
     """
-    rows, columns = weight.shape
-    return weight.reshape(num_heads, rows // num_heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    rows, *columns = weight.shape
+    return weight.reshape(num_heads, rows // num_heads // 2, 2, *columns).swapaxes(1, 2).reshape(weight.shape)
 
 
 def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -87,93 +116,56 @@ def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
 
 
-def build_tokenizer(fields: dict[str, Any]) -> Tokenizer:
-    """The byte-level BPE tokenizer that a GGUF file's metadata describe."""
-    kind = (fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre"))
-    if kind not in PRE_TOKENIZERS:
-        known = ", ".join(f"{model}/{pre}" for model, pre in PRE_TOKENIZERS)
-        raise UserError(f"the GGUF file has the tokenizer {kind[0]}/{kind[1]}; supported: {known}")
-    tokens: list[str] = fields["tokenizer.ggml.tokens"]
-    merges = [(left, right) for left, _, right in (line.partition(" ") for line in fields["tokenizer.ggml.merges"])]
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = PRE_TOKENIZERS[kind]()
-    tokenizer.decoder = decoders.ByteLevel()
-    types: list[int] = fields["tokenizer.ggml.token_type"]
-    special = [token for token, type_ in zip(tokens, types, strict=True) if type_ == CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    return tokenizer
+def can_dequantize(kind: gguf.GGMLQuantizationType) -> bool:
+    _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    try:
+        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
-def _smollm() -> pre_tokenizers.PreTokenizer:
-    """Every digit by itself, then GPT-2's words (llama.cpp: LLAMA_VOCAB_PRE_TYPE_SMOLLM)."""
-    return pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+@contextmanager
+def _damaged(source: Path) -> Iterator[None]:
+    """Say of metadata that lack what they must have, or have it of another type, that the file is damaged."""
+    try:
+        yield
+    except UserError:
+        raise
+    except DAMAGE as error:
+        raise UserError(f"{source} is damaged: its metadata are not whole: {error!r}") from error
 
 
-PRE_TOKENIZERS = {("gpt2", "smollm"): _smollm}
+def _read(source: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
+    """All metadata and all tensors by their names in the file."""
+    try:
+        reader = Reader(source)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except DAMAGE as error:
+        raise UserError(f"{source} is not a readable GGUF file: {error}") from error
+    if reader.byte_order == "S":
+        raise UserError(f"{source} is in the byte order of another kind of machine; take the usual, little-endian file")
+    return fields, {tensor.name: tensor for tensor in reader.tensors}
 
 
-def _config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
-    architecture = fields.get("general.architecture")
-    if architecture != "llama":
-        raise UserError(f"the GGUF file holds a {architecture} model; supported: llama")
-    llama = {key.removeprefix("llama."): value for key, value in fields.items() if key.startswith("llama.")}
-    heads = llama["attention.head_count"]
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": llama.get("vocab_size", len(fields["tokenizer.ggml.tokens"])),
-        "hidden_size": llama["embedding_length"],
-        "intermediate_size": llama["feed_forward_length"],
-        "num_hidden_layers": llama["block_count"],
-        "num_attention_heads": heads,
-        "num_key_value_heads": llama.get("attention.head_count_kv", heads),
-        "head_dim": llama.get("attention.key_length", llama["embedding_length"] // heads),
-        "hidden_act": "silu",
-        "max_position_embeddings": llama["context_length"],
-        # Stored as float32: 1e-05 comes back as 9.999999747378752e-06.
-        "rms_norm_eps": float(str(np.float32(llama["attention.layer_norm_rms_epsilon"]))),
-        "rope_theta": float(llama.get("rope.freq_base", 10000.0)),
-        "rope_scaling": None,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "tie_word_embeddings": tied,
-        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
-        "torch_dtype": "bfloat16",
-    }
+def _rope_table(tensor: gguf.ReaderTensor | None) -> Table | None:
+    if tensor is None:
+        return None
+    _check_types({ROPE_TABLE: tensor})
+    table: Table = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(-1)
+    return table
 
 
-def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-
-
-def _tokenizer_config(fields: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    tokens = fields["tokenizer.ggml.tokens"]
-    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
-    return {
-        # The generic class takes tokenizer.json as it stands; GPT2Tokenizer would drop the splitting of digits.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": config["max_position_embeddings"],
-        **{name: tokens[index] for name, index in ids.items() if index is not None},
-    }
-
-
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, model_type: str) -> str:
     match name.split("."):
-        case ["blk", index, layer, "weight"] if layer in LAYER_TENSORS:
-            return f"model.layers.{index}.{LAYER_TENSORS[layer]}.weight"
+        case ["blk", index, layer, "weight" | "bias" as kind] if layer in LAYER_TENSORS:
+            return f"model.layers.{index}.{LAYER_TENSORS[layer]}.{kind}"
         case _ if name in OUTER_TENSORS:
             return OUTER_TENSORS[name]
-    raise UserError(f"the GGUF file holds a tensor that a llama model does not have: {name}")
+    raise UserError(f"the GGUF file holds a tensor that a {model_type} model does not have: {name}")
 
 
-def _check_shapes(tensors: dict[str, gguf.ReaderTensor], expected: dict[str, Shape]) -> None:
+def _check_shapes(tensors: Mapping[str, gguf.ReaderTensor], expected: Mapping[str, Shape]) -> None:
     if tensors.keys() != expected.keys():
         missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
         raise UserError(f"the GGUF file is incomplete: missing tensors {missing[:3]}, unexpected ones {extra[:3]}")
@@ -183,29 +175,45 @@ def _check_shapes(tensors: dict[str, gguf.ReaderTensor], expected: dict[str, Sha
             raise UserError(f"the GGUF file has {name} of shape {shape}, its hyperparameters say {expected[name]}")
 
 
-def _write_safetensors(
-    file: BinaryIO,
-    tensors: dict[str, gguf.ReaderTensor],
-    shapes: dict[str, Shape],
-    config: dict[str, Any],
-    on_tensor: OnTensor,
-) -> None:
-    """The format is a length, a JSON header and the raw bytes, so one tensor at a time is in memory."""
+def _check_types(tensors: Mapping[str, gguf.ReaderTensor]) -> None:
+    known = {kind: can_dequantize(kind) for kind in {tensor.tensor_type for tensor in tensors.values()}}
+    for name, tensor in tensors.items():
+        if not known[tensor.tensor_type]:
+            raise _unsupported(name, tensor.tensor_type.name)
+
+
+def _unsupported(name: str, kind: str) -> UserError:
+    mend = "take a file with another quantization, such as Q8_0, Q6_K or Q4_K_M"
+    return UserError(f"the GGUF file has the tensor {name} in the type {kind}, which cannot be read: {mend}")
+
+
+def _permuted_heads(config: Mapping[str, Any]) -> dict[str, int]:
+    """How many heads lie in the projections whose rows llama.cpp's converter reorders."""
+    return {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+
+
+def _write_header(file: BinaryIO, shapes: Mapping[str, Shape]) -> None:
+    """The format is a length, a JSON header and the raw bytes, so that no two tensors need be in memory."""
     header = json.dumps({"__metadata__": {"format": "pt"}, **dict(_layout(shapes))}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     file.write(len(header).to_bytes(8, "little") + header)
-    for done, (name, shape) in enumerate(shapes.items(), start=1):
-        tensor = tensors[name]
-        values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        if ".q_proj." in name:
-            values = undo_permutation(values, config["num_attention_heads"])
-        elif ".k_proj." in name:
-            values = undo_permutation(values, config["num_key_value_heads"])
+
+
+def _write_tensor(file: BinaryIO, tensor: gguf.ReaderTensor, shape: Shape, permuted_heads: int) -> None:
+    """Write as bf16, some rows at a time; `permuted_heads` is 0 where the rows are in HF's order."""
+    head = shape[0] // permuted_heads if permuted_heads else 1
+    columns = int(np.prod(shape[1:]))
+    step = head * max(1, CHUNK_VALUES // (columns * head))
+    if len(shape) == 1:  # quantized, a vector has fewer bytes than values, so that it cannot be cut
+        step = shape[0]
+    for start in range(0, shape[0], step):
+        values = gguf.dequantize(tensor.data[start : start + step], tensor.tensor_type)
+        if permuted_heads:
+            values = undo_permutation(values, len(values) // head)
         file.write(to_bf16(values).astype("<u2").tobytes())
-        on_tensor(done, len(shapes))
 
 
-def _layout(shapes: dict[str, Shape]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _layout(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, dict[str, Any]]]:
     offset = 0
     for name, shape in shapes.items():
         end = offset + 2 * int(np.prod(shape))
