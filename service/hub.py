@@ -37,7 +37,7 @@ META = ("original/*.pth", "original/params.json", "original/tokenizer.model")
 def pull_hub(source: str, folder: Path) -> Path:
     """Download `org/name` or `org/name@revision` to `folder`, which appears whole or not at all.
 
-    A download that was cut or killed goes on where it was when it is started again. Raises UserError, NotFoundError.
+    Started again, a download that was cut or killed keeps the files that were finished. Raises UserError, NotFoundError.
     """
     found = HUB_ID.fullmatch(source)
     assert found is not None  # pull_any looked
@@ -114,7 +114,7 @@ def _explained(source: str, error: Exception) -> Exception:
         case _ if type(error).__module__.startswith("httpx") or isinstance(error, ConnectionError | FileNotFoundError):
             return UserError(
                 f"model: the hub could not be reached or was cut off ({type(error).__name__}); run the same command "
-                "again, it goes on where it was. Check the network, HF_ENDPOINT and HF_HUB_OFFLINE",
+                "again, it keeps finished files. Check the network, HF_ENDPOINT and HF_HUB_OFFLINE",
                 param="model",
             )
         case _:
