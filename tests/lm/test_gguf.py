@@ -11,7 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm.errors import UserError
 from lm.gguf import convert_gguf, to_bf16
-from tests.support.gguf_file import SPECIAL, TEMPLATE, make_tiny_gguf, tiny_parts, tiny_tokenizer, write_gguf
+from tests.support.gguf_file import (
+    SPECIAL,
+    TEMPLATE,
+    bpe_metadata,
+    make_tiny_gguf,
+    tiny_parts,
+    tiny_tokenizer,
+    write_gguf,
+)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -63,12 +71,12 @@ def test_a_weight_that_is_not_finite_is_refused() -> None:
 def test_a_missing_or_misshapen_tensor_is_named(tmp_path: Path) -> None:
     model, tokenizer = tiny_parts(tmp_path / "original")
     del model.model.layers[1].mlp.up_proj
-    write_gguf(tmp_path / "missing.gguf", model, tokenizer)
+    write_gguf(tmp_path / "missing.gguf", model, bpe_metadata(tokenizer, "smollm"))
     with pytest.raises(UserError, match=r"missing tensors \['model.layers.1.mlp.up_proj.weight'\]"):
         convert_gguf(tmp_path / "missing.gguf", tmp_path)
     model, tokenizer = tiny_parts(tmp_path / "original")
     model.config.intermediate_size = 128
-    write_gguf(tmp_path / "shape.gguf", model, tokenizer)
+    write_gguf(tmp_path / "shape.gguf", model, bpe_metadata(tokenizer, "smollm"))
     with pytest.raises(UserError, match=r"has model.layers.0.mlp.gate_proj.weight of shape \(64, 32\).*\(128, 32\)"):
         convert_gguf(tmp_path / "shape.gguf", tmp_path)
 
