@@ -47,8 +47,8 @@ OUTER_TENSORS = {
 ROPE_TABLE = "rope_freqs.weight"
 CHUNK_VALUES = 1 << 24
 """How many weights are in memory at a time, about."""
-DAMAGE = (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, RecursionError)
-"""What the library raises for files that are cut off or altered."""
+DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError)
+"""What comes of reading metadata that are not what they must be."""
 
 
 class Reader(gguf.GGUFReader):
@@ -79,8 +79,8 @@ def convert_gguf(source: Path, target: Path, on_tensor: OnTensor = lambda done, 
     hyperparameters do not agree.
     """
     fields, stored = _read(source)
-    architecture = read_architecture(fields)
     with _damaged(source):
+        architecture = read_architecture(fields)
         table = _rope_table(stored.pop(ROPE_TABLE, None))
         config = read_config(fields, stored.keys(), table)
     tensors = {_hf_name(name, config["model_type"]): tensor for name, tensor in stored.items()}
@@ -141,7 +141,7 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
     try:
         reader = Reader(source)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-    except DAMAGE as error:
+    except (*DAMAGE, OSError, MemoryError, RecursionError) as error:
         raise UserError(f"{source} is not a readable GGUF file: {error}") from error
     if reader.byte_order == "S":
         raise UserError(f"{source} is in the byte order of another kind of machine; take the usual, little-endian file")

@@ -213,4 +213,4 @@ def _text(number: int, value: str) -> bytes:
 
 
 def _float(number: int, value: float) -> bytes:
-    return _varint(number << 3 | 5) + struct.pack("<f", value)
+    return _varint(number << 3 | 5) + struct.pack("<f", float(value))

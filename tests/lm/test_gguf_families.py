@@ -127,7 +127,12 @@ def test_a_table_of_ones_and_a_factor_of_2023_are_read(tmp_path: Path) -> None:
         ({"llama.embedding_length": "x"}, "llama.embedding_length: must be a positive integer"),
         ({"split.count": 3, "split.no": 1}, "part 2 of 3 of a model: join all parts with `llama-gguf-split --merge"),
         ({"tokenizer.ggml.eos_token_id": 9999}, "metadata are not whole"),
-        ({"tokenizer.ggml.tokens": "x"}, "metadata are not whole|incomplete|has model"),
+        ({"tokenizer.ggml.tokens": 5}, "metadata are not whole"),
+        ({"tokenizer.ggml.merges": [1, 2]}, "metadata are not whole"),
+        ({"tokenizer.ggml.token_type": [1, 1]}, "metadata are not whole"),
+        ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": ["x"] * 284}, "metadata are not whole"),
+        ({"tokenizer.chat_template": 5}, "metadata are not whole"),
+        ({"split.count": "x"}, "metadata are not whole"),
     ],
 )
 def test_metadata_that_we_cannot_honour_are_named(tmp_path: Path, metadata: Metadata, message: str) -> None:
