@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lm.errors import UserError
 from lm.gguf import convert_gguf
 from lm.tokenizer import load_tokenizer
-from tests.support.families import difference, positions_of
+from tests.support.families import LINEAR, YARN, difference, positions_of
+from tests.support.families import LLAMA3 as STRETCHED
 from tests.support.gguf_file import (
     Metadata,
     bpe_metadata,
@@ -31,16 +32,7 @@ from tests.support.tiny import load_tiny_model, make_tiny_model
 from tests.support.tiny_tokenizers import make_sentencepiece
 
 Kind = gguf.GGMLQuantizationType
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
-YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = STRETCHED | {"rope_theta": 500_000.0, "original_max_position_embeddings": 8192}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": False}),
     "llama, rope_freqs": ("llama", {"rope_parameters": LLAMA3, "head_dim": 32}),
@@ -78,6 +70,19 @@ def test_the_logits_are_those_of_the_original(tmp_path: Path, name: str, figure:
             assert difference(ours.logits(ours(ids, positions_of(ids))), found) < 1e-4
     load_tokenizer(folder)
     figure(f"GGUF of {name}, logits' largest difference", {kind: f"{value:.1e}" for kind, value in worst.items()})
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_transformers_own_gguf_reader_finds_the_same_weights(tmp_path: Path, family: str) -> None:
+    head = {"head_dim": 128} if family == "qwen3" else {}  # that reader knows no other
+    tokenizer = bpe_metadata(tiny_tokenizer(), "qwen2")
+    size = len(tokenizer["tokenizer.ggml.tokens"])
+    model = _model(tmp_path / "original", family, vocab_size=size, tie_word_embeddings=False, **head)
+    folder = _convert(tmp_path / "out", model, tokenizer, Kind.Q8_0)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", dtype=torch.float32).state_dict()
+    ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    assert theirs.keys() == ours.keys()
+    assert [name for name, weight in theirs.items() if not torch.equal(weight.bfloat16().float(), ours[name])] == []
 
 
 def test_llama_3s_frequencies_are_recognised_by_their_table(tmp_path: Path) -> None:

@@ -42,16 +42,11 @@ def model_of(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"vocab": data["vocab"], "merges": [(left, right) for left, right in data["merges"]]}
 
 
-def gpt2() -> Tokenizer:
-    return with_tokens(GPT2Tokenizer(**model_of(tiny_tokenizer())).backend_tokenizer)
-
-
-def qwen2() -> Tokenizer:
-    return with_tokens(Qwen2Tokenizer(**model_of(tiny_tokenizer())).backend_tokenizer)
-
-
-def smollm() -> Tokenizer:
-    return with_tokens(tiny_tokenizer())
+ORIGINALS: dict[str, Callable[[], Tokenizer]] = {
+    "gpt-2": lambda: GPT2Tokenizer(**model_of(tiny_tokenizer())).backend_tokenizer,
+    "qwen2": lambda: Qwen2Tokenizer(**model_of(tiny_tokenizer())).backend_tokenizer,
+    "smollm": tiny_tokenizer,
+}
 
 
 def with_tokens(tokenizer: Tokenizer) -> Tokenizer:
@@ -78,9 +73,9 @@ def compare(ours: Tokenizer, theirs: Tokenizer, **options: Any) -> int:
     return len(texts)
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "qwen2", "smollm"])
+@pytest.mark.parametrize("pre", ORIGINALS)
 def test_byte_level_bpe_gives_the_ids_of_transformers(pre: str, figure: Callable[[str, object], None]) -> None:
-    theirs = {"gpt-2": gpt2, "qwen2": qwen2, "smollm": smollm}[pre]()
+    theirs = with_tokens(ORIGINALS[pre]())
     count = compare(build_tokenizer(bpe_metadata(theirs, pre)), theirs)
     figure(f"GGUF tokenizer {pre}", f"{count} texts with the ids of the original")
 
