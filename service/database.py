@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,20 @@ def _add_notes(connection: sqlite3.Connection) -> None:
 
 MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_create_tables, _add_notes]
 """Migration N brings a database from user_version N to N + 1. Append only."""
+
+
+def registered_folder(path: Path, name: str) -> str | None:
+    """The folder, relative to home, of the base model that was registered as `name` in the database `path`.
+
+    Read beside a service that has it. None also where the file cannot be read: who opens it says what is wrong.
+    """
+    query = "SELECT folder FROM entries WHERE id = ? AND kind = 'base' AND folder IS NOT NULL"
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            row = connection.execute(query, (name,)).fetchone()
+    except (sqlite3.Error, ValueError):
+        return None
+    return None if row is None else str(row[0])
 
 
 class Database:

@@ -58,13 +58,15 @@ class Promotion:
 
 
 class Registry:
-    def __init__(self, database: Database, *, home: Path, organization: str, base_folders: Iterable[Path] = ()) -> None:
-        """`base_folders` are base models, also outside of models/. Raises UserError for a name that fits no id."""
-        self._base_folders = tuple(base_folders)
-        for folder in self._base_folders:
-            if not MODEL_NAME.fullmatch(folder.name):
+    def __init__(
+        self, database: Database, *, home: Path, organization: str, base_folders: Mapping[str, Path] | None = None
+    ) -> None:
+        """`base_folders` are base models by name, also outside of models/. Raises UserError for one that fits no id."""
+        self._base_folders = dict(base_folders or {})
+        for name in self._base_folders:
+            if not MODEL_NAME.fullmatch(name):
                 raise UserError(
-                    f"model: the folder name {folder.name!r} cannot stand in a model id; rename it to letters, digits, "
+                    f"model: the folder name {name!r} cannot stand in a model id; rename it to letters, digits, "
                     "`.`, `_` and `-`",
                     param="model",
                 )
@@ -79,30 +81,37 @@ class Registry:
     def bases(self) -> dict[str, Path]:
         """Base models by name, as the disk has them now. A name that could not stand in an id is left out.
 
-        Those that were added by name come first: none of them can take the name of a folder that is there.
+        A registered name keeps its folder when one of that name appears in models/: adapters were trained on it.
         """
-        folders = [path for path in sorted((self.home / "models").glob("*")) if is_model_folder(path)]
-        found = {path.name: path for path in (*folders, *self._base_folders) if MODEL_NAME.fullmatch(path.name)}
-        return {name: folder for name, folder in self._added.items() if is_model_folder(folder)} | found
+        folders = (path for path in sorted((self.home / "models").glob("*")) if is_model_folder(path))
+        found = {path.name: path for path in folders if MODEL_NAME.fullmatch(path.name)}
+        added = {name: folder for name, folder in self._added.items() if is_model_folder(folder)}
+        return found | added | self._base_folders
 
-    def add_base(self, name: str, folder: Path) -> Entry:
+    def add_base(self, name: str, folder: Path) -> tuple[Entry, bool]:
         """Make the model folder `folder`, which lies in models/, a base model `name`; it outlives a restart.
 
-        The same again changes nothing. Raises NameTakenError when the name means, or ever meant, another model.
+        Also whether that is new: the same again changes nothing. Raises NameTakenError when the name means, or ever
+        meant, another model, NotFoundError when the folder has gone.
         """
         bases = self.bases()
-        known = self.database.row("SELECT folder FROM entries WHERE id = ?", name)
-        default = self.home / "models" / name
-        registered = None if known is None else default if known["folder"] is None else self.home / known["folder"]
-        taken = bases.get(name, registered)
+        taken = bases.get(name) or self._registered(name)
         if taken is not None and taken.resolve() != folder.resolve():
+            where = taken.relative_to(self.home) if taken.is_relative_to(self.home) else taken
             raise NameTakenError(
-                f"name: {name!r} is the model in {taken} already; choose another name, or leave it out", param="name"
+                f"name: {name!r} is the model in {where} already; choose another name", param="name"
             )
         if name not in bases:
+            if not is_model_folder(folder):
+                raise NotFoundError(f"path: the model folder {folder.name!r:.200} has just gone", param="path")
             self._insert(id=name, base=name, kind="base", folder=str(folder.relative_to(self.home)))
             self._added[name] = folder
-        return self.get(name)
+        return self.get(name), name not in bases
+
+    def _registered(self, name: str) -> Path | None:
+        """Where the base model `name` is, or was when it was last seen."""
+        row = self.database.row("SELECT folder FROM entries WHERE id = ?", name)
+        return None if row is None else self.home / (row["folder"] or f"models/{name}")
 
     def base_folder(self, name: str) -> Path:
         """Raises NotFoundError with the names that exist."""

@@ -91,7 +91,10 @@ async def running_services(
 def _start(settings: Settings, codec: Codec, database: Database, engine_type: type[EngineClient]) -> Services:
     metrics = Metrics(settings.model_name)
     registry = Registry(
-        database, home=settings.home, organization=settings.organization, base_folders=[settings.model_dir]
+        database,
+        home=settings.home,
+        organization=settings.organization,
+        base_folders={settings.model_name: settings.model_dir},
     )
 
     async def on_ready(ready: EngineReady) -> None:

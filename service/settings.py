@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from lm.errors import UserError
 from lm.layout import is_model_folder
+from service.database import registered_folder
 from trainer.config import ConfigLoader, Strict, parse_options, read_config
 
 PREFIX = "TUNESERVE_"
@@ -46,7 +47,8 @@ class Settings(Strict):
     state_dir: Annotated[Path | None, Field(strict=False)] = None
     """Where the database lives; must be a local disk. Default: `state` in home."""
     model: str = "smollm2-135m-instruct"
-    """The base model that is served and fine-tuned: a name in `models` of home, or the path of a Hugging Face folder."""
+    """The base model that is served and fine-tuned: a name in `models` of home or one registered with POST /models, or the path of a
+    Hugging Face folder."""
     served_model_aliases: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Further names for the served model, for clients whose model name is fixed."""
     allow_unknown_model: bool = False
@@ -110,7 +112,7 @@ class Settings(Strict):
     @property
     def model_dir(self) -> Path:
         """The folder of the base model. Links stay: its name is what the model is called. Raises UserError."""
-        for folder in (self.models_dir / self.model, Path(self.model).expanduser()):
+        for folder in (*self._registered, self.models_dir / self.model, Path(self.model).expanduser()):
             if is_model_folder(folder):
                 return Path(os.path.abspath(folder))
         known = sorted(path.name for path in self.models_dir.glob("*") if is_model_folder(path))
@@ -124,7 +126,13 @@ class Settings(Strict):
     @property
     def model_name(self) -> str:
         """The public name of the base model."""
-        return self.model_dir.name
+        return self.model if self._registered else self.model_dir.name
+
+    @property
+    def _registered(self) -> tuple[Path, ...]:
+        """The folder that POST /models gave the name to, where it is still there."""
+        folder = registered_folder(self.database, self.model)
+        return () if folder is None or not is_model_folder(self.home / folder) else (self.home / folder,)
 
 
 def load_settings(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path, PurePosixPath
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 
 from lm.errors import NotFoundError, UserError
 from service.errors import conflict
-from service.pull_work import check_model
+from service.model_facts import ModelFacts, check_folder_in
 from service.registry import MODEL_NAME, Entry, NameTakenError
 from service.schemas.answers import Model, ModelList
-from service.schemas.models import ModelRequest
+from service.schemas.models import MAX_NAME, BaseModelAnswer, ModelRequest
 from service.services import Services, ServicesDep
 from service.serving import LATEST
 
@@ -38,59 +37,47 @@ async def get_model(model: str, services: ServicesDep) -> Model:
     raise NotFoundError(f"model: there is no model {model!r:.120}; GET /v1/models lists them", param="model")
 
 
-@router.post("/models", status_code=201, tags=["Checkpoints"])
-async def add_model(body: ModelRequest, services: ServicesDep) -> Model:
+@router.post("/models", status_code=201, responses={200: {"model": BaseModelAnswer}}, tags=["Checkpoints"])
+async def add_model(body: ModelRequest, services: ServicesDep, response: Response) -> BaseModelAnswer:
     """Check a model that was put into models/ and give it a name, which outlives a restart.
 
-    Folders directly in models/ have their own name as it is. 404: no such folder. 409: the name is taken.
+    200 where it has that name already: folders directly in models/ have their own name. 404: no such folder. 409: the
+    name is taken.
     """
-    folder = await asyncio.to_thread(_checked_folder, services.settings.models_dir, body.path)
+    folder, facts = await asyncio.to_thread(check_folder_in, services.settings.models_dir, body.path)
     name = folder.name if body.name is None else body.name
-    if not MODEL_NAME.fullmatch(name):
+    _check_name(services, name)
+    try:
+        entry, is_new = services.registry.add_base(name, folder)
+    except NameTakenError as error:
+        raise conflict(str(error), param="name") from error
+    response.status_code = 201 if is_new else 200
+    return _base_answer(services, entry, facts)
+
+
+def _check_name(services: Services, name: str) -> None:
+    if not MODEL_NAME.fullmatch(name) or len(name) > MAX_NAME:
         raise UserError(
-            f"name: {name!r:.120} cannot stand in a model id; give one of letters, digits, `.`, `_` and `-`",
+            f"name: {name!r:.120} cannot stand in a model id; give one of letters, digits, `.`, `_` and `-`, "
+            f"at most {MAX_NAME}",
             param="name",
         )
     if name in (LATEST, *services.settings.served_model_aliases):
         raise conflict(f"name: {name!r} means what is served; choose another name", param="name")
-    try:
-        return _model(services, services.registry.add_base(name, folder))
-    except NameTakenError as error:
-        raise conflict(str(error), param="name") from error
 
 
-def _checked_folder(models: Path, written: str) -> Path:
-    """The folder that a request means. Raises UserError and NotFoundError: all that is wrong with it or its files."""
-    path = PurePosixPath(written)
-    if path.is_absolute() or ".." in path.parts or "\0" in written or not path.parts:
-        raise UserError(
-            f"path: {written!r:.200} must be a folder inside models/, relative to it, without `..`", param="path"
-        )
-    folder = models / path
-    if path.suffix.lower() == ".gguf":
-        raise UserError(
-            f"path: {written!r:.200} is a GGUF file, which must be converted first: run `tuneserve pull` with its path",
-            param="path",
-        )
-    if not folder.is_dir():
-        raise NotFoundError(f"path: there is no folder {written!r:.200} in models/; put the model there", param="path")
-    _refuse_links_out(models, folder, written)
-    try:
-        check_model(folder)
-    except UserError as error:
-        raise UserError(f"path: {written!r:.200} is no model that can be used: {error}", param="path") from error
-    return folder
-
-
-def _refuse_links_out(models: Path, folder: Path, written: str) -> None:
-    inside = models.resolve()
-    for path in (folder, *folder.rglob("*")):
-        if not path.resolve().is_relative_to(inside):
-            raise UserError(
-                f"path: {written!r:.200} leaves models/ by the link {path.name!r:.120}; `tuneserve pull FOLDER` copies "
-                "a model with what its links mean",
-                param="path",
-            )
+def _base_answer(services: Services, entry: Entry, facts: ModelFacts) -> BaseModelAnswer:
+    return BaseModelAnswer(
+        id=entry.id,
+        path=services.registry.path_in_home(entry),
+        created_at=int(entry.created_at),
+        family=facts.family,
+        parameters=facts.num_parameters,
+        context_length=facts.context_length,
+        weights=facts.weights,
+        tokenizer=facts.tokenizer,
+        servable=entry.base == services.serving.base,
+    )
 
 
 def _model(services: Services, entry: Entry) -> Model:

@@ -45,7 +45,7 @@ def test_base_models_are_the_folders_with_a_config_as_they_are_now(registry: Reg
 
 def test_a_folder_whose_name_could_not_stand_in_an_id_is_refused_at_once(database: Database, home: Path) -> None:
     with pytest.raises(UserError, match=r"model: the folder name 'my model' .* rename it") as error:
-        Registry(database, home=home, organization="tuneserve", base_folders=[home / "my model"])
+        Registry(database, home=home, organization="tuneserve", base_folders={"my model": home / "my model"})
     assert error.value.param == "model"
 
 
@@ -81,7 +81,7 @@ def test_the_path_of_an_entry_is_its_own_folder_as_home_sees_it(
     database: Database, store: JobStore, home: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     outside = tmp_path_factory.mktemp("outside") / "other"
-    registry = Registry(database, home=home, organization="tuneserve", base_folders=[outside])
+    registry = Registry(database, home=home, organization="tuneserve", base_folders={outside.name: outside})
     run = home / "runs" / "x"
     adapter = registry.add_checkpoint(job(store), run, checkpoint(3))
     full = registry.add_checkpoint(job(store), run, checkpoint(3, kind="full", path="checkpoints/step_3"))
