@@ -19,7 +19,7 @@ from lm.errors import NotFoundError, UserError
 from lm.folder import publish
 from service.hub import HUB_ID, pull_hub
 from service.pull_local import pull_folder, pull_gguf
-from service.pull_work import convert, destination, only_one, say
+from service.pull_work import cleaned, convert, destination, only_one, say
 
 README = """# {name}
 
@@ -77,9 +77,9 @@ def pull_any(source: str, home: Path, name: str | None = None) -> Path:
     if source in MODELS and name in (None, source):
         return pull(MODELS[source], home)
     if path.is_dir():
-        return pull_folder(path, destination(name or path.resolve().name, home))
+        return pull_folder(path, destination(name or cleaned(path.resolve().name), home))
     if path.is_file():
-        return pull_gguf(path, destination(name or path.stem, home))
+        return pull_gguf(path, destination(name or cleaned(path.stem), home))
     if source.lower().endswith(".gguf"):
         raise NotFoundError(f"model: there is no file {path}", param="model")
     if found := HUB_ID.fullmatch(source):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from lm.errors import UserError
 from lm.folder import publish
 from lm.layout import ORIGINAL, has_safetensors
-from service.pull_work import check_model, convert, only_one, refuse_present, say
+from service.pull_work import check_model, convert, is_present, only_one, say
 
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
 OTHER_ENDINGS = (".json", ".jinja", ".model", ".txt", ".md")
@@ -17,7 +18,8 @@ OTHER_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 def pull_gguf(source: Path, folder: Path) -> Path:
     """Convert the GGUF file `source` into the new model folder `folder`. Raises UserError."""
     with only_one(folder):
-        refuse_present(folder)
+        if is_present(folder):
+            return folder
         with publish(folder) as target:
             convert(source, target)
             check_model(target)
@@ -27,14 +29,18 @@ def pull_gguf(source: Path, folder: Path) -> Path:
 def pull_folder(source: Path, folder: Path) -> Path:
     """Copy the model folder `source` to `folder`, whole or not at all. Raises UserError for what is no model.
 
-    Links are followed, so that a snapshot of Hugging Face's cache becomes files; code is left behind.
+    A snapshot in Hugging Face's cache becomes files; other links that leave the folder are refused, and code is left
+    behind.
     """
     check_model(source)
+    files = model_files(source)
+    _refuse_links(source, files)
     with only_one(folder):
-        refuse_present(folder)
+        if is_present(folder):
+            return folder
         say(f"copying {source}")
         with publish(folder) as target:
-            for path in model_files(source):
+            for path in files:
                 copy = target / path.relative_to(source)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, copy)
@@ -53,3 +59,15 @@ def _is_wanted(name: str, unneeded: tuple[str, ...]) -> bool:
     if name.startswith(".") or name.endswith(unneeded or "/"):
         return False
     return name.endswith(WEIGHT_ENDINGS + OTHER_ENDINGS) or name.startswith(OTHER_NAMES)
+
+
+def _refuse_links(source: Path, files: list[Path]) -> None:
+    """A folder from elsewhere must not have files of this machine copied beside a model."""
+    root = source.resolve()
+    cache = root.parent.parent / "blobs"
+    roots = (root, cache) if root.parent.name == "snapshots" else (root,)
+    for path in files:
+        if not any(path.resolve().is_relative_to(allowed) for allowed in roots):
+            raise UserError(
+                f"model: {path} is a link to {path.resolve()}, outside the folder: copy it there", param="model"
+            )

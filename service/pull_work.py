@@ -37,7 +37,7 @@ def check_model(folder: Path) -> None:
 
 
 def destination(name: str, home: Path) -> Path:
-    """`home/models/NAME`. Raises UserError for a name that fits no model id, and where something is there already."""
+    """`home/models/NAME`. Raises UserError for a name that fits no model id."""
     if not MODEL_NAME.fullmatch(name):
         raise UserError(
             f"name: {name!r:.120} cannot stand in a model id; give another with --name: letters, digits, `.`, `_`, `-`",
@@ -46,13 +46,16 @@ def destination(name: str, home: Path) -> Path:
     return home / "models" / name
 
 
-def refuse_present(folder: Path) -> None:
+def cleaned(name: str) -> str:
+    """A file's or folder's name as a model id: what cannot stand in one becomes `-`."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")
+
+
+def is_present(folder: Path) -> bool:
+    """Whether the model is there; then the user reads so."""
     if folder.exists():
-        raise UserError(
-            f"name: there is a model {folder.name!r} in {folder.parent} already; choose another with --name, or delete "
-            "that folder",
-            param="name",
-        )
+        say(f"{folder.name} is there already, in {folder.parent}: for another one choose --name, or delete that folder")
+    return folder.exists()
 
 
 def convert(source: Path, target: Path) -> None:

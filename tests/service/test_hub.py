@@ -2,171 +2,209 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.tiny import make_tiny_llama
+from service.hub import wanted
+from tests.support.hub_server import REPO, STEP, Hub
+from tests.support.layouts import write_layout
+from tests.support.tiny import load_tiny_model, make_tiny_llama
 
-SHA = "a" * 40
-TOKEN = "hf_secretsecret"
+TOKEN, WRONG = "hf_secretsecret", "hf_wrongwrong"
 WEIGHTS = "model.safetensors"
-HALF = 50_000
-
-
-class Hub(ThreadingHTTPServer):
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder = folder
-        self.token: str | None = None
-        self.hang = threading.Event()
-        """Until it is set, the weights stop in the middle."""
-        self.half_sent = threading.Event()
-        self.fetched: set[str] = set()
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def handle(self) -> None:
-        with contextlib.suppress(ConnectionError):  # the killed client
-            super().handle()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if self.server.token and self.headers["Authorization"] != f"Bearer {self.server.token}":
-            return self._send(401, b"{}", {"X-Error-Code": "GatedRepo"})
-        if path.startswith("/api/models/org/tiny"):
-            return self._api(path)
-        prefix = f"/org/tiny/resolve/{SHA}/"
-        file = self.server.folder / path.removeprefix(prefix)
-        if not path.startswith(prefix) or not file.is_file():
-            return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        self._file(file)
-
-    def _api(self, path: str) -> None:
-        files = sorted(self.server.folder.iterdir())
-        if "/tree/" in path:
-            rows = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": _etag(f)} for f in files]
-            return self._send(200, json.dumps(rows).encode())
-        if "/revision/" in path and not path.endswith((SHA, "main")):
-            return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        info = {"id": "org/tiny", "sha": SHA, "siblings": [{"rfilename": f.name} for f in files]}
-        self._send(200, json.dumps(info).encode())
-
-    def _file(self, file: Path) -> None:
-        data, wanted = file.read_bytes(), self.headers["Range"]
-        headers = {"ETag": f'"{_etag(file)}"', "X-Repo-Commit": SHA, "Accept-Ranges": "bytes"}
-        if self.command == "GET":
-            self.server.fetched.add(file.name)
-        if wanted:
-            start = int(wanted.removeprefix("bytes=").split("-")[0])
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            return self._send(206, data[start:], headers)
-        self._send(200, data, headers, hang=file.name == WEIGHTS)
-
-    def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None, *, hang: bool = False) -> None:
-        self.send_response(status)
-        for name, value in {**(headers or {}), "Content-Length": str(len(data))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        if hang and not self.server.hang.is_set():
-            self.wfile.write(data[:HALF])
-            self.wfile.flush()
-            self.server.half_sent.set()
-            self.server.hang.wait(60)
-            self.close_connection = True
-            return
-        self.wfile.write(data)
-
-
-def _etag(file: Path) -> str:
-    return hashlib.sha1(file.read_bytes()).hexdigest()
+NAME = REPO.split("/")[1]
+CODE = "import sys; from service.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    folder = make_tiny_llama(tmp_path / "published", hidden_size=128, intermediate_size=256)
-    (folder / "modeling.py").write_text("raise SystemExit('never run')")
+def published(tmp_path: Path) -> Path:
+    folder = make_tiny_llama(tmp_path / "published")
+    (folder / "modeling_tiny.py").write_text("raise SystemExit('never run')")
+    (folder / "tiny.gguf").write_bytes(b"not needed")
     (folder / "pytorch_model.bin").write_bytes(b"not needed")
-    with Hub(folder) as server:
+    (folder / "LICENSE.txt").write_text("free")
+    return folder
+
+
+@pytest.fixture
+def hub(published: Path) -> Iterator[Hub]:
+    with Hub(published) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
-        server.hang.set()
+        server.go_on.set()
         server.shutdown()
 
 
-def spawn(hub: Hub, home: Path, source: str = "org/tiny", token: str | None = None) -> subprocess.Popen[str]:
-    code = "import sys; from service.cli import main; sys.exit(main(sys.argv[1:]))"
-    cache = {"HF_HOME": str(home / "cache"), "HF_HUB_DISABLE_XET": "1"}
-    endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"}
-    env = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"} | endpoint | cache
-    command = [sys.executable, "-c", code, "pull", source, "--home", str(home)]
-    env |= {} if token is None else {"HF_TOKEN": token}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def large_hub(hub: Hub) -> Hub:
+    """Its weights are 31 MB."""
+    make_tiny_llama(hub.folder, hidden_size=512, intermediate_size=2048)
+    return hub
 
 
-def test_after_a_killed_download_finished_files_are_not_fetched_again(hub: Hub, tmp_path: Path) -> None:
-    first = spawn(hub, tmp_path)
-    assert hub.half_sent.wait(60)
-    partial = tmp_path / "models" / ".tiny.download"
-    done = [partial / ".cache/huggingface/download" / f"{name}.metadata" for name in ("config.json", "tokenizer.json")]
-    while not all(path.exists() and path.stat().st_size for path in done):
-        assert first.poll() is None
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    assert not (tmp_path / "models" / "tiny").exists()
-    hub.fetched.clear()
-    hub.hang.set()
-    second = spawn(hub, tmp_path)
-    _, errors = second.communicate(timeout=60)
-    assert second.returncode == 0, errors
-    assert not hub.fetched & {"config.json", "tokenizer.json"}
-    assert WEIGHTS in hub.fetched
-    folder = tmp_path / "models" / "tiny"
-    assert (folder / WEIGHTS).read_bytes() == (hub.folder / WEIGHTS).read_bytes()
-    assert not hub.fetched & {"modeling.py", "pytorch_model.bin"}
-    assert not partial.exists()
+def spawn(url: str, home: Path, *arguments: str, token: str | None = None, **env: str) -> subprocess.Popen[str]:
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    ours |= {"HF_HOME": str(home / "cache"), "HF_ENDPOINT": url} | env
+    ours |= {} if token is None else {"HF_TOKEN": token}
+    command = [sys.executable, "-c", CODE, "pull", *arguments, "--home", str(home)]
+    return subprocess.Popen(command, env=ours, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_gated_model_needs_the_token_which_is_never_printed(hub: Hub, tmp_path: Path) -> None:
-    hub.hang.set()
+def run(url: str, home: Path, *arguments: str, token: str | None = None, **env: str) -> tuple[int, str, str]:
+    process = spawn(url, home, *arguments, token=token, **env)
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output, errors
+
+
+def refusal(url: str, home: Path, source: str = REPO, token: str | None = None, **env: str) -> str:
+    """The one line that the user reads, where nothing must be there afterwards."""
+    code, output, errors = run(url, home, source, token=token, **env)
+    assert (code, output) == (2, "")
+    assert not [path for path in (home / "models").iterdir() if not path.name.startswith(".")]
+    (line,) = [line for line in errors.splitlines() if not line.startswith("downloading ")]
+    assert line.startswith(f"tuneserve: error: model: {source}: ")
+    return line
+
+
+def partial_size(home: Path) -> int:
+    return sum(path.stat().st_size for path in (home / "models").rglob(f"{WEIGHTS}.part"))
+
+
+def test_a_pulled_model_is_what_was_published_and_loads_here_and_in_transformers(hub: Hub, tmp_path: Path) -> None:
+    code, output, errors = run(hub.url, tmp_path, REPO)
+    folder = tmp_path / "models" / NAME
+    assert (code, output) == (0, f"{folder}\n"), errors
+    left_out = {"modeling_tiny.py", "tiny.gguf", "pytorch_model.bin"}
+    assert {path.name for path in folder.iterdir()} == {path.name for path in hub.folder.iterdir()} - left_out
+    assert all(path.read_bytes() == (hub.folder / path.name).read_bytes() for path in folder.iterdir())
+    assert not hub.names & left_out
+    load_tiny_model(folder)
+    AutoModelForCausalLM.from_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder)
+    assert {path.name for path in folder.parent.iterdir()} == {NAME, f".{NAME}.lock"}
+
+
+def test_a_second_pull_says_that_the_model_is_there_and_asks_nobody(hub: Hub, tmp_path: Path) -> None:
+    run(hub.url, tmp_path, REPO)
+    asked = len(hub.requests)
+    code, output, errors = run(hub.url, tmp_path, REPO)
+    assert (code, output) == (0, f"{tmp_path / 'models' / NAME}\n")
+    assert "is there already" in errors
+    assert len(hub.requests) == asked
+
+
+def test_a_revision_and_a_name_are_heeded(hub: Hub, tmp_path: Path) -> None:
+    code, output, errors = run(hub.url, tmp_path, f"{REPO}@v1", "--name", "mine")
+    assert (code, output) == (0, f"{tmp_path / 'models' / 'mine'}\n"), errors
+    assert "no such revision" in refusal(hub.url, tmp_path / "other", f"{REPO}@v9")
+
+
+@pytest.mark.parametrize("layout", ["pytorch_model.bin", "original/consolidated.00.pth"])
+def test_without_safetensors_torchs_own_files_come(layout: str, hub: Hub, tmp_path: Path, published: Path) -> None:
+    base = make_tiny_llama(tmp_path / "base")
+    shutil.rmtree(published)
+    write_layout(base, published, layout)
+    assert not (published / WEIGHTS).exists()
+    code, _, errors = run(hub.url, tmp_path, REPO)
+    assert code == 0, errors
+    folder = tmp_path / "models" / NAME
+    assert {path.relative_to(folder) for path in folder.rglob("*")} == {
+        path.relative_to(published) for path in published.rglob("*")
+    }
+
+
+def test_the_token_is_sent_and_never_printed(hub: Hub, tmp_path: Path) -> None:
     hub.token = TOKEN
-    for token in (None, "hf_wrongwrong"):
-        refused = spawn(hub, tmp_path, token=token)
-        _, errors = refused.communicate(timeout=60)
-        assert refused.returncode == 2
-        assert "org/tiny is gated" in errors
-        assert "hf_wrong" not in errors
-    taken = spawn(hub, tmp_path, token=TOKEN)
-    output, errors = taken.communicate(timeout=60)
-    assert taken.returncode == 0, errors
+    line = refusal(hub.url, tmp_path, token=WRONG)
+    assert "HF_TOKEN is not set or not valid" in line
+    assert WRONG not in line
+    assert "or it is private: check the spelling, and HF_TOKEN" in refusal(hub.url, tmp_path)
+    code, output, errors = run(hub.url, tmp_path, REPO, token=TOKEN)
+    assert code == 0, errors
     assert TOKEN not in output + errors
+    assert hub.tokens == {None, f"Bearer {WRONG}", f"Bearer {TOKEN}"}
 
 
-def test_an_unknown_model_and_revision_are_each_said_in_one_line(hub: Hub, tmp_path: Path) -> None:
-    for source, said in (("org/none", "the hub has no model org/none"), ("org/tiny@v9", "no such revision")):
-        process = spawn(hub, tmp_path, source)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 2
-        assert said in errors
-        assert len(errors.strip().splitlines()) == 1
+def test_a_gated_model_is_refused_with_what_to_do(hub: Hub, tmp_path: Path) -> None:
+    hub.gated = True
+    assert "it is gated: accept its terms on its page on the hub, and set HF_TOKEN" in refusal(hub.url, tmp_path)
+
+
+def test_an_unknown_model_is_refused(hub: Hub, tmp_path: Path) -> None:
+    assert "the hub has no such model" in refusal(hub.url, tmp_path, "org/none")
+
+
+def test_a_hub_that_is_not_there_or_forbidden_is_refused_with_what_to_check(tmp_path: Path) -> None:
+    assert "Check the network, HF_ENDPOINT and the proxy" in refusal("http://127.0.0.1:9", tmp_path)
+    assert "HF_HUB_OFFLINE forbids" in refusal("http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1")
+
+
+def test_a_model_that_does_not_fit_on_the_disk_is_refused_before_it_is_downloaded(hub: Hub, tmp_path: Path) -> None:
+    hub.sizes = {WEIGHTS: 10**16}
+    code, _, errors = run(hub.url, tmp_path, REPO)
+    assert code == 2
+    assert "bytes are to be downloaded, and" in errors
+    assert "free some" in errors
+    assert hub.names == set()
+
+
+def test_a_killed_pull_is_resumed_in_the_middle_of_a_file(large_hub: Hub, tmp_path: Path) -> None:
+    size = (large_hub.folder / WEIGHTS).stat().st_size
+    assert size > 30_000_000
+    large_hub.stop_at = 25 * STEP
+    first = spawn(large_hub.url, tmp_path, REPO)
+    assert large_hub.stopped.wait(60)
+    while not (kept := partial_size(tmp_path)):
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.kill()
+    first.communicate()
+    assert not (tmp_path / "models" / NAME).exists()
+    kept, large_hub.stop_at, large_hub.sent = partial_size(tmp_path), None, 0
+    large_hub.requests.clear()
+    code, _, errors = run(large_hub.url, tmp_path, REPO)
+    assert code == 0, errors
+    assert large_hub.requests[0] == (WEIGHTS, f"bytes={kept}-")
+    assert WEIGHTS in large_hub.names
+    assert "config.json" not in large_hub.names, "it was there"
+    assert large_hub.sent < size - kept + 100_000
+    folder = tmp_path / "models" / NAME
+    assert (folder / WEIGHTS).read_bytes() == (large_hub.folder / WEIGHTS).read_bytes()
+    assert {path.name for path in folder.parent.iterdir()} == {NAME, f".{NAME}.lock"}
+
+
+def test_a_cut_connection_is_taken_up_again(large_hub: Hub, tmp_path: Path) -> None:
+    large_hub.cut_at = 25 * STEP
+    code, _, errors = run(large_hub.url, tmp_path, REPO)
+    assert code == 0, errors
+    ranges = [asked for name, asked in large_hub.requests if name == WEIGHTS]
+    assert ranges[0] is None
+    assert len(ranges) == 2
+    assert (tmp_path / "models" / NAME / WEIGHTS).read_bytes() == (large_hub.folder / WEIGHTS).read_bytes()
+
+
+def test_weights_that_arrive_damaged_are_refused_and_not_kept(large_hub: Hub, tmp_path: Path) -> None:
+    large_hub.damaged = True
+    code, _, errors = run(large_hub.url, tmp_path, REPO)
+    assert code == 2
+    assert f"{WEIGHTS} arrived damaged" in errors
+    assert partial_size(tmp_path) == 0
+    large_hub.damaged = False
+    assert run(large_hub.url, tmp_path, REPO)[0] == 0
+
+
+def test_of_a_repository_only_data_files_with_plain_names_are_wanted() -> None:
+    weights = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    companions = ["config.json", "tokenizer.model", "LICENSE", "original/tokenizer.model"]
+    never = ["code.py", "../model.safetensors", "original/../../config.json", "/etc/x.json", ".gitattributes", "x.gguf"]
+    never += ["onnx/model.safetensors", "consolidated.safetensors", "original/consolidated.00.pth", "training_args.bin"]
+    assert wanted([*weights, *companions, *never]) == [*weights, *companions]
