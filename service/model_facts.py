@@ -74,7 +74,7 @@ def _find(models: Path, written: str) -> Path:
         raise _refusal(written, "is a GGUF file, which must be converted first: run `tuneserve pull` with its path")
     if folder.is_symlink():
         raise _refusal(written, "is a link that leads nowhere; mend it, or name the folder itself")
-    if folder.exists():
+    if folder.is_file():
         raise _refusal(written, "is a file; name the folder that it lies in")
     raise NotFoundError(f"path: there is no folder {written!r:.200} in models/; put the model there", param="path")
 

@@ -98,15 +98,16 @@ class Registry:
         taken = bases.get(name) or self._registered(name)
         if taken is not None and taken.resolve() != folder.resolve():
             where = taken.relative_to(self.home) if taken.is_relative_to(self.home) else taken
-            raise NameTakenError(
-                f"name: {name!r} is the model in {where} already; choose another name", param="name"
-            )
-        if name not in bases:
-            if not is_model_folder(folder):
-                raise NotFoundError(f"path: the model folder {folder.name!r:.200} has just gone", param="path")
-            self._insert(id=name, base=name, kind="base", folder=str(folder.relative_to(self.home)))
+            raise NameTakenError(f"name: {name!r} is the model in {where} already; choose another name", param="name")
+        is_new = name not in bases
+        if is_new and not is_model_folder(folder):
+            raise NotFoundError(f"path: the model folder {folder.name!r:.200} has just gone", param="path")
+        if is_new:
             self._added[name] = folder
-        return self.get(name), name not in bases
+        self._insert(id=name, base=name, kind="base", folder=str(folder.relative_to(self.home)) if is_new else None)
+        row = self.database.row("SELECT * FROM entries WHERE id = ?", name)
+        assert row is not None  # inserted above, or before
+        return self._entry(row, {name: folder} | bases), is_new
 
     def _registered(self, name: str) -> Path | None:
         """Where the base model `name` is, or was when it was last seen."""

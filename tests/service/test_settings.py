@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lm.errors import UserError
+from service.database import Database
 from service.settings import Settings, load_settings, parse_size
 
 
@@ -73,6 +75,22 @@ def test_a_model_is_a_name_in_home_or_a_folder(tmp_path: Path) -> None:
         (folder / "config.json").touch()
     assert Settings(home=tmp_path, model="mine").model_dir == tmp_path / "models" / "mine"
     assert Settings(home=tmp_path, model=str(tmp_path / "elsewhere")).model_name == "elsewhere"
+
+
+def test_a_registered_model_is_called_by_its_registered_name_while_it_is_there(tmp_path: Path) -> None:
+    for folder in (tmp_path / "models" / "org" / "nested", tmp_path / "models" / "mine"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").touch()
+    settings = Settings(home=tmp_path, model="mine")
+    assert settings.model_dir == tmp_path / "models" / "mine"
+    with closing(Database(settings.database)) as database:
+        database.insert("entries", id="mine", base="mine", kind="base", folder="models/org/nested", created_at=1.0)
+        assert (settings.model_dir, settings.model_name) == (tmp_path / "models" / "org" / "nested", "mine")
+    assert settings.model_dir == tmp_path / "models" / "org" / "nested"
+    (tmp_path / "models" / "org" / "nested" / "config.json").unlink()
+    assert settings.model_dir == tmp_path / "models" / "mine"
+    settings.database.write_bytes(b"no database")
+    assert settings.model_name == "mine"
 
 
 @pytest.mark.parametrize("name", ["params.json", "original/params.json"])
