@@ -67,7 +67,11 @@ TRAINING = (
         "batches in one optimizer step, weighted by trained tokens",
         option="gradient_accumulation_steps",
     ),
-    mapped("max_steps_per_epoch", "becomes max_steps, `epochs` times as many in all; an epoch is not cut short"),
+    mapped(
+        "max_steps_per_epoch",
+        "becomes max_steps, `epochs` times as many in all; an epoch is not cut short",
+        silent=(None,),
+    ),
     honoured("clip_grad_norm", "null or missing: no clipping", option="max_grad_norm"),
     honoured(
         "enable_activation_checkpointing",

@@ -264,7 +264,8 @@ def read_optimizer(group: object, scheduler: object, collected: Collected) -> No
     name, component, keys = component_of("optimizer", group)
     collected.set("learning_rate", ADAMW_RATE, "optimizer.lr")
     collected.set("weight_decay", ADAMW_DECAY, "optimizer.weight_decay")
-    collected.read({key: value for key, value in keys.items() if value is not None}, component.keys, "optimizer")
+    taken = {key: value for key, value in keys.items() if value is not None or key not in component.keys}
+    collected.read(taken, component.keys, "optimizer")
     if not name.startswith("torch."):
         collected.note("optimizer", f"{name} becomes AdamW with moments in fp32, which take more memory")
 

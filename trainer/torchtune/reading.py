@@ -14,6 +14,8 @@ from trainer.config import ConfigLoader
 MAX_CHARACTERS = 64 << 10
 MAX_DEPTH = 20
 MAX_NODES = 10_000
+LARGEST_NUMBER = 2**63 - 1
+"""Beyond it are only numbers that cannot be meant; Python does not even write out the largest of them."""
 
 
 class PlainLoader(ConfigLoader):
@@ -82,14 +84,26 @@ def _children(value: object, where: str, name: str) -> list[tuple[str, object]]:
         strange = next((key for key in value if not isinstance(key, str)), None)
         if strange is not None or None in value:
             raise UserError(f"{where or name}: the key {strange!r:.80} is no text; quote it", param=where or name)
+        for key in value:
+            _check_text(key, where or name)
         return list(value.items())
     if isinstance(value, list):
         return [(str(index), item) for index, item in enumerate(value)]
+    if isinstance(value, str):
+        _check_text(value, where)
+    if isinstance(value, int) and not -LARGEST_NUMBER <= value <= LARGEST_NUMBER:
+        raise UserError(f"{where}: a number beyond {LARGEST_NUMBER}; no option is that large", param=where)
     if value is None or isinstance(value, str | bool | int | float):
         return []
     raise UserError(
         f"{where}: {value!r:.80} is neither text, number, true, false, null, list nor mapping; quote it", param=where
     )
+
+
+def _check_text(text: str, where: str) -> None:
+    """Half of a surrogate pair, which an escape of YAML or JSON can make, could be written nowhere."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{where}: {text!a:.80} is no text that could be written as UTF-8", param=where)
 
 
 def _join(where: str, key: str) -> str:
