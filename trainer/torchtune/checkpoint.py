@@ -78,13 +78,20 @@ def _file_notes(names: tuple[str, ...], folder: Path) -> list[str]:
     outside = next((name for name in names if name.startswith("/") or ".." in name.split("/")), None)
     if outside is not None:
         raise UserError(f"{where}: {outside!r:.80} is no file of checkpoint_dir", param=where)
-    missing = next((name for name in names if not (folder / name).is_file()), None)
+    missing = next((name for name in names if not _is_file(folder / name)), None)
     if missing is not None:
         raise UserError(f"{where}: there is no file {missing!r:.80} in {folder}", param=where)
     others = [path for path in folder.glob("*.safetensors") if path.name not in names]
     if names and others and not any(name.endswith(".safetensors") for name in names):
         return [f"{where}: weights are read from the safetensors files beside {names[0]}, which are preferred"]
     return []
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long a name, or one with a NUL
+        return False
 
 
 def _tokenizer(path: str, folder: Path) -> tuple[Path | None, str]:

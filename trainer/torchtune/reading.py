@@ -37,7 +37,8 @@ def parse_yaml(text: str, *, name: str = "config") -> dict[str, Any]:
     try:
         _check_events(text, name)
         data = yaml.load(text, Loader=PlainLoader)
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, LookupError, AttributeError) as error:
+        # The last two: PyYAML's own constructors, for a tag with a value that is none of its kind
         if isinstance(error, UserError):
             raise
         message = " ".join(str(error).split())

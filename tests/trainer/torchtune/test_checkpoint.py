@@ -59,6 +59,7 @@ def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:
     folder = model_folder(tmp_path)
     for words, param in (
         (["checkpointer.checkpoint_files=[x.bin]"], "checkpointer.checkpoint_files"),
+        ([f"checkpointer.checkpoint_files=[{'x' * 5000}]"], "checkpointer.checkpoint_files"),
         (["checkpointer.checkpoint_files=[/etc/passwd]"], "checkpointer.checkpoint_files"),
         (["checkpointer.checkpoint_files=[../x]"], "checkpointer.checkpoint_files"),
         (["tokenizer.path=/none/tokenizer.model"], "tokenizer.path"),
