@@ -28,7 +28,8 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from lm.errors import NotFoundError, UserError
 from lm.folder import publish
-from service.pull_work import check_model, is_present, only_one, say
+from service.model_facts import check_model
+from service.pull_work import is_present, only_one, say
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 COMPANIONS = (

@@ -13,6 +13,8 @@ from lm.template import load_template
 from lm.tokenizer import load_tokenizer
 from lm.weight_files import validate_checkpoint
 
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""What can stand in a model id."""
 NUMBERS = re.compile(r"[-_]?\d|\.")
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from lm.errors import UserError
 from lm.folder import publish
 from lm.layout import ORIGINAL, has_safetensors
-from service.pull_work import check_model, convert, is_present, only_one, say
+from service.model_facts import check_model
+from service.pull_work import convert, is_present, only_one, say
 
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
 OTHER_ENDINGS = (".json", ".jinja", ".model", ".txt", ".md")

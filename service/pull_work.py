@@ -13,27 +13,9 @@ from typing import Never
 
 from tqdm import tqdm
 
-from lm.config import load_config
 from lm.errors import UserError
 from lm.gguf import convert_gguf
-from lm.layout import find_pickled, has_safetensors
-from lm.tokenizer import load_tokenizer
-from lm.weight_files import validate_checkpoint
-
-MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-def check_model(folder: Path) -> None:
-    """Whether the model can be trained and served: its config, weights' headers and tokenizer.
-
-    Of files that torch wrote only the names are checked: reading them takes torch. Raises UserError.
-    """
-    config = load_config(folder)
-    if has_safetensors(folder):
-        validate_checkpoint(folder, config)
-    else:
-        find_pickled(folder)
-    load_tokenizer(folder)
+from service.model_facts import MODEL_NAME
 
 
 def destination(name: str, home: Path) -> Path:

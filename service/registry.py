@@ -10,7 +10,6 @@ not undone is what `latest` means, and without any it is the base itself.
 
 from __future__ import annotations
 
-import re
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping
@@ -22,10 +21,10 @@ from lm.errors import NotFoundError, UserError
 from lm.layout import is_model_folder
 from service.database import Database
 from service.jobs.job import Job
+from service.model_facts import MODEL_NAME
 
 Kind = Literal["base", "adapter", "full"]
 
-MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 NUM_NAMED = 20
 
 

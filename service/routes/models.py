@@ -8,8 +8,8 @@ from fastapi import APIRouter, Response
 
 from lm.errors import NotFoundError, UserError
 from service.errors import conflict
-from service.model_facts import ModelFacts, check_folder_in
-from service.registry import MODEL_NAME, Entry, NameTakenError
+from service.model_facts import MODEL_NAME, ModelFacts, check_folder_in
+from service.registry import Entry, NameTakenError
 from service.schemas.answers import Model, ModelList
 from service.schemas.models import MAX_NAME, BaseModelAnswer, ModelRequest
 from service.services import Services, ServicesDep
