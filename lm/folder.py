@@ -18,6 +18,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def user_path(text: str | Path) -> Path:
+    """A path as a user wrote it, `~` and `~name` replaced; the tilde of a user that does not exist stays."""
+    return Path(os.path.expanduser(text))
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace `path` by `data`: a reader sees the old bytes or the new ones, also after a power cut."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

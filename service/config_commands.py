@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lm.errors import UserError
+from lm.folder import user_path
 from service.run_config import find_checkpoint, read_file, translate_here
 from service.settings import Settings
 from service.shipped import find_config, stock_configs
@@ -45,7 +45,7 @@ def copy_config(name: str, destination: str | None, *, no_clobber: bool, force: 
     if name in RECIPES or name == GENERATE + ".py":
         raise UserError(f"config: {name} is a recipe, and recipes are no files here; `tuneserve ls` lists the configs")
     source = find_config(name)
-    target = Path(destination or source.name).expanduser()
+    target = user_path(destination or source.name)
     if target.is_dir():
         target /= source.name
     target = target if target.suffix else target.with_suffix(".yaml")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lm.errors import NotFoundError, UserError
-from lm.folder import publish
+from lm.folder import publish, user_path
 from service.hub import HUB_ID, pull_hub
 from service.pull_local import pull_folder, pull_gguf
 from service.pull_work import cleaned, convert, destination, only_one, say
@@ -73,7 +73,7 @@ def pull_any(source: str, home: Path, name: str | None = None) -> Path:
     `source` is a name in MODELS, a GGUF file, a model folder, or `org/name[@revision]` on the Hugging Face hub. `name`
     is the source's own where it is None. The folder appears whole or not at all. Raises UserError, NotFoundError.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if source in MODELS and name in (None, source):
         return pull(MODELS[source], home)
     if path.is_dir():

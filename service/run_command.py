@@ -15,6 +15,7 @@ from types import FrameType
 import yaml
 
 from lm.errors import UserError
+from lm.folder import user_path
 from service.jobs.trainer_process import TRAINER, trainer_environment
 from service.run_config import PlannedRun, plan_run, print_notes
 from service.settings import load_settings
@@ -43,19 +44,19 @@ def run_recipe(recipe: str, config: str, words: Sequence[str]) -> int:
 
 
 def run_folder_of(planned: PlannedRun) -> Path:
-    """Where the run goes. torchtune's users keep the model in output_dir: there, it gets a folder of its own inside."""
+    """Where the run goes. torchtune's users keep the model in output_dir, and name the same one again for the next run:
+    where something is, the run gets a folder of its own inside.
+    """
     new = f"{planned.config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     if planned.output_dir is None:
         return load_settings(None, {}, os.environ).runs_dir / new
-    folder = Path(planned.output_dir).expanduser().resolve()
+    folder = user_path(planned.output_dir).resolve()
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return folder
-    is_a_run = (folder / "events.jsonl").exists() or (folder / "result.json").exists()
-    if planned.is_torchtune and folder.is_dir() and not is_a_run:
+    if planned.is_torchtune and folder.is_dir():
         print(f"note: output_dir: {folder} is not empty; the run goes into {new} in it", file=sys.stderr, flush=True)
         return folder / new
-    what = "holds a run already" if is_a_run else "is not an empty folder"
-    raise UserError(f"output_dir: {folder} {what}; name a new one", param="output_dir")
+    raise UserError(f"output_dir: {folder} is not an empty folder; name a new one", param="output_dir")
 
 
 def _train(run: RunFolder) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lm.errors import UserError
+from lm.folder import user_path
+from lm.layout import is_model_folder
 from service.settings import load_settings
 from service.shipped import find_config, find_data
 from trainer.config import RunConfig, parse_options
@@ -78,20 +80,16 @@ def translate_here(data: dict[str, Any], recipe: str | None) -> Translation:
     translation = translate(data, recipe=recipe)
     folder = find_checkpoint(translation.options["model"])
     found = compare(translation, folder)
-    return Translation(**{**_fields(found), "options": {**found.options, "model": str(folder)}})
-
-
-def _fields(translation: Translation) -> dict[str, Any]:
-    return {name: getattr(translation, name) for name in Translation.__slots__}
+    return replace(found, options={**found.options, "model": str(folder)})
 
 
 def find_checkpoint(name: str) -> Path:
     """A path, or the name of a model in `models` of the home. Raises UserError."""
     models = load_settings(None, {}, os.environ).models_dir
-    for folder in (Path(name).expanduser(), models / name):
+    for folder in (user_path(name), models / name):
         if folder.is_dir():
             return Path(os.path.abspath(folder))
-    known = sorted(path.parent.name for path in models.glob("*/config.json"))
+    known = sorted(path.name for path in models.glob("*") if is_model_folder(path))
     raise UserError(
         f"checkpointer.checkpoint_dir: there is no folder {name}; a path, or a model in {models} "
         f"({'it holds ' + ', '.join(known) if known else 'it is empty'}). `tuneserve pull` gets one",

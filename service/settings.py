@@ -12,6 +12,7 @@ import yaml
 from pydantic import BeforeValidator, Field
 
 from lm.errors import UserError
+from lm.folder import user_path
 from lm.layout import is_model_folder
 from service.database import registered_folder
 from trainer.config import ConfigLoader, Strict, parse_options, read_config
@@ -112,7 +113,7 @@ class Settings(Strict):
     @property
     def model_dir(self) -> Path:
         """The folder of the base model. Links stay: its name is what the model is called. Raises UserError."""
-        for folder in (*self._registered, self.models_dir / self.model, Path(self.model).expanduser()):
+        for folder in (*self._registered, self.models_dir / self.model, user_path(self.model)):
             if is_model_folder(folder):
                 return Path(os.path.abspath(folder))
         known = sorted(path.name for path in self.models_dir.glob("*") if is_model_folder(path))
@@ -147,8 +148,8 @@ def load_settings(
     settings = parse_options(Settings, data)
     return settings.model_copy(
         update={
-            "home": settings.home.expanduser().resolve(),
-            "state_dir": settings.state_dir and settings.state_dir.expanduser().resolve(),
+            "home": user_path(settings.home).resolve(),
+            "state_dir": settings.state_dir and user_path(settings.state_dir).resolve(),
         }
     )
 

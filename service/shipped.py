@@ -7,6 +7,7 @@ from pathlib import Path
 
 import service
 from lm.errors import UserError
+from lm.folder import user_path
 
 ROOT = Path(service.__file__).resolve().parents[1]
 
@@ -23,7 +24,7 @@ def find_config(name: str) -> Path:
 
     Raises UserError with stock names.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     stock = stock_configs()
     key = name.removeprefix("configs/").removesuffix(".yaml")
     if path.is_file():
@@ -41,7 +42,7 @@ def find_config(name: str) -> Path:
 
 def find_data(name: str) -> Path:
     """The file at the path `name`, or the shipped one, such as `examples/identity.json`. Raises UserError."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     shipped = ROOT / "examples" / path.name
     if path.is_file():
         return path.resolve()

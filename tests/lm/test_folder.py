@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from lm.folder import publish, write_atomic
+from lm.folder import publish, user_path, write_atomic
 
 WRITER = """
 import sys
 from pathlib import Path
-from lm.folder import publish, write_atomic
+from lm.folder import publish, write_atomic, user_path
 
 final = Path(sys.argv[1])
 with publish(final) as folder:
@@ -31,7 +31,7 @@ with publish(final) as folder:
 REPLACER = """
 import itertools, sys
 from pathlib import Path
-from lm.folder import write_atomic
+from lm.folder import write_atomic, user_path
 
 for number in itertools.count():
     write_atomic(Path(sys.argv[1]), str(number % 10).encode() * 200_000)
@@ -164,3 +164,9 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch: pyte
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["state.json"]
+
+
+def test_a_tilde_is_a_home_and_that_of_nobody_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/models") == tmp_path / "models"
+    assert user_path("~no-such-user/models") == Path("~no-such-user/models")

@@ -118,11 +118,13 @@ def test_a_run_goes_into_output_dir_or_into_a_folder_in_it_where_the_model_lies_
     assert f"the run goes into {inside.name} in it" in capsys.readouterr().err
 
 
-def test_a_run_does_not_go_where_another_is_nor_over_files_of_others(home: Path) -> None:
+def test_the_next_run_with_the_same_output_dir_goes_beside_the_one_that_is_there(home: Path) -> None:
     (home / "out").mkdir()
-    (home / "out" / "events.jsonl").touch()
-    with pytest.raises(UserError, match="holds a run already"):
-        run_folder_of(planned_at(home, home / "out"))
+    (home / "out" / "result.json").touch()
+    assert run_folder_of(planned_at(home, home / "out")).parent == home / "out"
+
+
+def test_a_run_does_not_go_over_files_of_others(home: Path) -> None:
     with pytest.raises(UserError, match="is not an empty folder"):
         run_folder_of(planned_at(home, home / "models" / "base", is_torchtune=False))
     with pytest.raises(UserError, match="is not an empty folder"):
@@ -133,3 +135,9 @@ def test_a_config_may_stand_without_its_option(home: Path) -> None:
     data = yaml.safe_load(find_config("configs/llama3_2/1B_lora_cpu.yaml").read_text())
     assert data["recipe"] == "lora"
     assert main(["run", FULL, "x.yaml", "dataset.data_files=none"]) == 2
+
+
+def test_the_home_of_nobody_is_a_path_that_is_not_there(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["~nobody-of-that-name/x.yaml"], ["x.yaml", "checkpointer.checkpoint_dir=~nobody-of-that-name/m"]):
+        assert main(["run", FULL, "--config", *words]) == 2
+        assert "~nobody-of-that-name" in capsys.readouterr().err

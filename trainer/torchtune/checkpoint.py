@@ -8,6 +8,7 @@ from typing import Any
 
 from lm.config import read_hf_config
 from lm.errors import UserError
+from lm.folder import user_path
 from trainer.torchtune.models import BUILDERS, CHECKPOINT_TYPES, Shape, fitting
 from trainer.torchtune.overrides import COMPONENT
 from trainer.torchtune.translation import Translation
@@ -96,7 +97,7 @@ def _is_file(path: Path) -> bool:
 
 def _tokenizer(path: str, folder: Path) -> tuple[Path | None, str]:
     """The file to read where it is not the one that `folder` gives by itself, and what is said about it."""
-    named = Path(path).expanduser()
+    named = user_path(path)
     if (folder / "tokenizer.json").is_file():
         return None, f"{folder / 'tokenizer.json'} is read, which is preferred to {path:.200}"
     if named.suffix == ".json" and named.name != "tokenizer.json":
@@ -104,7 +105,7 @@ def _tokenizer(path: str, folder: Path) -> tuple[Path | None, str]:
             f"tokenizer.path: {path:.200} cannot be read by itself; put the tokenizer.json of the model into {folder}",
             param="tokenizer.path",
         )
-    if not named.is_file():
+    if not _is_file(named):
         raise UserError(
             f"tokenizer.path: there is no file {path:.200}, nor a tokenizer.json in {folder}", param="tokenizer.path"
         )
