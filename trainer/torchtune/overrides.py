@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lm.errors import UserError
-from trainer.torchtune.reading import parse_yaml
+from trainer.torchtune.reading import join, parse_yaml
 
 COMPONENT = "_component_"
 MAX_STEPS = 5_000
@@ -92,9 +92,9 @@ class _Resolver:
         if self._steps > MAX_STEPS:
             raise UserError(f"{where}: this much cannot be put in for ${{...}}", param=where)
         if isinstance(value, dict):
-            return {key: self.resolve(item, _join(where, key), visiting) for key, item in value.items()}
+            return {key: self.resolve(item, join(where, key), visiting) for key, item in value.items()}
         if isinstance(value, list):
-            return [self.resolve(item, _join(where, str(i)), visiting) for i, item in enumerate(value)]
+            return [self.resolve(item, join(where, str(i)), visiting) for i, item in enumerate(value)]
         return self._text(value, where, visiting) if isinstance(value, str) and "${" in value else value
 
     def _text(self, text: str, where: str, visiting: tuple[str, ...]) -> Any:
@@ -147,7 +147,3 @@ def _as_text(value: object) -> str:
 def _known(data: dict[str, Any], name: str) -> str:
     near = difflib.get_close_matches(name, [*data], n=1)
     return f"; did you mean {near[0]}?" if near else f"; at its top are {', '.join(data) or 'no keys'}"
-
-
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key

@@ -33,6 +33,12 @@ CHAT_TEMPLATES = (
 )
 """Where the model has no template of its own, its family's default is the same."""
 LORA_LAYERS = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj"}
+LORA_KEYS = {
+    "target_modules": "lora_attn_modules",
+    "rank": "lora_rank",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+}
 MLP_LAYERS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -54,7 +60,9 @@ def read_model(group: object, collected: Collected) -> str | None:
     name, component, keys = component_of("model", group)
     collected.read(keys, component.keys, "model")
     if BUILDERS[name].is_lora:
-        collected.set("lora", _lora(keys), "model")
+        lora = _lora(keys)
+        collected.set("lora", lora, "model")
+        collected.origins |= {f"lora.{name}": f"model.{LORA_KEYS[name]}" for name in lora}
     return name
 
 
@@ -68,13 +76,12 @@ def _lora(keys: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{where}: {unknown!r:.80} is unknown; {nearest(str(unknown), LORA_LAYERS)}", param=where)
     on_mlp = keys.get("apply_lora_to_mlp", False)
     if not isinstance(on_mlp, bool):
-        raise UserError(f"model.apply_lora_to_mlp: true or false is expected (got {on_mlp!r:.80})", param=where)
+        raise UserError(
+            f"model.apply_lora_to_mlp: true or false is expected (got {on_mlp!r:.80})", param="model.apply_lora_to_mlp"
+        )
     chosen = {LORA_LAYERS[name] for name in names} | set(MLP_LAYERS if on_mlp else ())
     lora: dict[str, Any] = {"target_modules": [layer for layer in LINEAR_LAYERS if layer in chosen]}
-    for option in ("rank", "alpha", "dropout"):
-        if f"lora_{option}" in keys:
-            lora[option] = keys[f"lora_{option}"]
-    return lora
+    return lora | {name: keys[key] for name, key in LORA_KEYS.items() if key in keys and name != "target_modules"}
 
 
 def read_checkpointer(group: object, collected: Collected) -> CheckpointPart:

@@ -76,7 +76,7 @@ def check_plain(data: object, *, name: str = "config") -> dict[str, Any]:
         left -= 1
         if left < 0 or depth > MAX_DEPTH:
             raise UserError(f"{name}: it is too large or nested too deeply", param=name)
-        stack.extend((inner, _join(where, key), depth + 1) for key, inner in _children(value, where, name))
+        stack.extend((inner, join(where, key), depth + 1) for key, inner in _children(value, where, name))
     return data
 
 
@@ -107,5 +107,6 @@ def _check_text(text: str, where: str) -> None:
         raise UserError(f"{where}: {text!a:.80} is no text that could be written as UTF-8", param=where)
 
 
-def _join(where: str, key: str) -> str:
+def join(where: str, key: str) -> str:
+    """The dotted name of `key` within `where`, which is empty at the top."""
     return f"{where}.{key}" if where else key
