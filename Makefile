@@ -51,5 +51,6 @@ proof-loop: setup  ## the figures of issue "the whole loop on a real model"
 
 proof-torchtune: setup  ## the figures of issue "everything a torchtune user brings"
 	$(BIN)/tuneserve pull smollm2-135m-instruct
-	$(BIN)/python -m pytest tests/lm tests/trainer tests/service/test_torchtune_user.py tests/proof/test_torchtune.py \
+	$(BIN)/python -m pytest tests/lm tests/trainer tests/service/test_torchtune_user.py \
+		tests/service/test_families_served.py tests/service/test_hub.py tests/proof/test_torchtune.py \
 		tests/test_configs.py

@@ -16,16 +16,9 @@ from lm.cache import KVCache, PagedBatch
 from lm.config import load_config
 from lm.model import CausalLM, build_model, inverse_frequencies
 from lm.ops import REFERENCE, choose_ops
+from tests.support.families import LLAMA3
 from tests.support.tiny import VOCAB_SIZE, load_tiny_model, make_tiny_llama
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 500.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "tied, GQA 2": {},
@@ -38,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "MQA": {"num_key_value_heads": 1},
     "head_dim above hidden / heads": {"head_dim": 24},
     "head_dim below hidden / heads": {"head_dim": 4},
-    "llama3 scaling": {"rope_parameters": LLAMA3_ROPE},
+    "llama3 scaling": {"rope_parameters": LLAMA3},
     "large eps": {"rms_norm_eps": 0.1},
 }
 
@@ -80,7 +73,7 @@ def test_logits_equal_those_of_transformers(variant: dict[str, Any], tmp_path: P
 
 
 def test_llama3_scaling_matters_in_that_comparison(tmp_path: Path) -> None:
-    folder = make_tiny_llama(tmp_path, rope_parameters=LLAMA3_ROPE)
+    folder = make_tiny_llama(tmp_path, rope_parameters=LLAMA3)
     scaled, ids = load_tiny_model(folder), random_ids(1, 200)
     plain = copy.copy(scaled)
     plain.inverse_frequencies = inverse_frequencies(load_config(make_tiny_llama(tmp_path, rope_parameters=PLAIN_ROPE)))
@@ -89,7 +82,7 @@ def test_llama3_scaling_matters_in_that_comparison(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_llama31_frequencies_equal_those_of_transformers(head_dim: int, tmp_path: Path) -> None:
-    rope = LLAMA3_ROPE | {"rope_theta": 500000.0, "original_max_position_embeddings": 8192}
+    rope = LLAMA3 | {"rope_theta": 500000.0, "original_max_position_embeddings": 8192}
     folder = make_tiny_llama(tmp_path, head_dim=head_dim, rope_parameters=rope)
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder).model.rotary_emb.inv_freq
     torch.testing.assert_close(inverse_frequencies(load_config(folder)), theirs, rtol=1e-6, atol=0)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.proof.conftest import IDENTITY
 from tests.support.server import TUNESERVE
-from tests.support.torchtune_home import DATA, SEED_YAML
+from tests.support.torchtune_home import DATA, seed_yaml
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ def write_config(folder: Path, model: Path) -> Path:
     """The seed's YAML over SmolLM2, which has a tokenizer.json in place of Meta's file."""
     records = json.loads(IDENTITY.read_text(encoding="utf-8"))
     (folder / DATA).write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
-    text = SEED_YAML.format(model=model, out=folder / "out")
+    text = seed_yaml(model, folder / "out")
     (folder / "x.yaml").write_text(text.replace("original/tokenizer.model", "tokenizer.json"), encoding="utf-8")
     return folder / "x.yaml"
 

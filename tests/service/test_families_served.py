@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 import transformers
 
 from lm.tokenizer import load_tokenizer
+from tests.support.client import PATIENCE_S, ok, train
 from tests.support.families import LLAMA3
 from tests.support.layouts import write_layout
 from tests.support.runs import RECORDS
@@ -21,11 +21,17 @@ from tests.support.server import running_server
 from tests.support.tiny import make_tiny_model
 from tests.support.tiny_tokenizers import make_sentencepiece, make_tiktoken_file
 
-OPTIONS = {"max_steps": 6, "batch_size": 4, "learning_rate": 0.01, "dtype": "fp32", "device": "cpu"}
+OPTIONS: dict[str, Any] = {
+    "dataset": {"records": RECORDS},
+    "max_steps": 6,
+    "batch_size": 4,
+    "learning_rate": 0.01,
+    "dtype": "fp32",
+    "device": "cpu",
+}
 LAST = "step_6"
 PROMPT = "Who are you?"
 NUM_TOKENS = 12
-PATIENCE_S = 180
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -64,27 +70,10 @@ def only_a_tokenizer_model(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def ok(client: httpx.Client, method: str, path: str, body: Any = None) -> Any:
-    answer = client.request(method, path, json=body)
-    assert answer.is_success, answer.text
-    return answer.json()
-
-
 def answer(client: httpx.Client, model: str) -> str:
     body = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "temperature": 0, "model": model}
     text: str = ok(client, "POST", "/generate", body)["choices"][0]["text"]
     return text
-
-
-def train(client: httpx.Client, recipe: str) -> Any:
-    body = {"model": "theirs", "dataset": {"records": RECORDS}, "recipe": recipe, **OPTIONS}
-    job = ok(client, "POST", "/finetune", body)["id"]
-    deadline = time.monotonic() + PATIENCE_S
-    while (now := ok(client, "GET", f"/finetune/{job}"))["status"] not in ("succeeded", "failed"):
-        assert time.monotonic() < deadline, now
-        time.sleep(0.1)
-    assert now["status"] == "succeeded", now
-    return now
 
 
 def their_answer(model: Any, folder: Path) -> str:
@@ -111,7 +100,7 @@ def test_what_users_bring_is_served_trained_served_again_and_loads_in_transforme
         chat = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4}
         assert ok(client, "POST", "/v1/chat/completions", chat)["usage"]["completion_tokens"] > 0
         for recipe in ("full", "lora"):
-            job = train(client, recipe)
+            job = train(client, model="theirs", recipe=recipe, **OPTIONS)
             after = answer(client, "latest")
             assert ok(client, "POST", "/v1/chat/completions", chat)["model"] == job["fine_tuned_model"]
             checkpoint = tmp_path / "runs" / job["id"] / "checkpoints" / LAST

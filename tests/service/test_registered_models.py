@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +11,21 @@ from typing import Any
 import httpx
 
 from service.settings import Settings
+from tests.support.client import PATIENCE_S, ok, train
 from tests.support.runs import RECORDS
 from tests.support.server import running_server
 from tests.support.tiny import make_tiny_llama
 
-OPTIONS = {"epochs": 12, "batch_size": 8, "gradient_accumulation_steps": 1, "learning_rate": 0.02, "dtype": "fp32"}
+OPTIONS: dict[str, Any] = {
+    "dataset": {"records": RECORDS},
+    "device": "cpu",
+    "epochs": 12,
+    "batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0.02,
+    "dtype": "fp32",
+}
 QUESTION = {"messages": [{"role": "user", "content": RECORDS[0]["input"]}], "max_tokens": 9}
-PATIENCE_S = 180
 
 
 @contextmanager
@@ -26,23 +33,6 @@ def service(home: Path, model: str) -> Iterator[httpx.Client]:
     arguments = (f"model={model}", "device=cpu", "dtype=fp32", "num_threads=1")
     with running_server(home, *arguments) as server, httpx.Client(base_url=server.url, timeout=PATIENCE_S) as client:
         yield client
-
-
-def ok(client: httpx.Client, method: str, path: str, body: Any = None) -> Any:
-    answer = client.request(method, path, json=body)
-    assert answer.is_success, answer.text
-    return answer.json()
-
-
-def train(client: httpx.Client, model: str, recipe: str) -> Any:
-    body = {"model": model, "dataset": {"records": RECORDS}, "recipe": recipe, "device": "cpu", **OPTIONS}
-    job = ok(client, "POST", "/finetune", body)["id"]
-    deadline = time.monotonic() + PATIENCE_S
-    while (now := ok(client, "GET", f"/finetune/{job}"))["status"] not in ("succeeded", "failed"):
-        assert time.monotonic() < deadline, now
-        time.sleep(0.1)
-    assert now["status"] == "succeeded", now
-    return now
 
 
 def test_a_registered_model_is_trained_beside_the_served_one_and_serves_by_its_name_after_a_restart(
@@ -53,7 +43,7 @@ def test_a_registered_model_is_trained_beside_the_served_one_and_serves_by_its_n
     with service(tmp_path, "tiny") as client:
         registered = ok(client, "POST", "/models", {"path": "org/nested", "name": "mine"})
         assert (registered["id"], registered["servable"]) == ("mine", False)
-        adapter = train(client, "mine", "lora")["fine_tuned_model"]
+        adapter = train(client, model="mine", recipe="lora", **OPTIONS)["fine_tuned_model"]
         assert adapter.startswith("ft:mine:")
         assert ok(client, "POST", "/generate", QUESTION)["model"] == "tiny"
         refused = client.post("/generate", json=QUESTION | {"model": adapter}).json()["error"]["message"]
@@ -64,7 +54,7 @@ def test_a_registered_model_is_trained_beside_the_served_one_and_serves_by_its_n
         listed = ok(client, "GET", "/v1/models")["data"]
         assert (listed[0]["id"], {entry["id"] for entry in listed} > {"mine", adapter}) == ("mine", True)
         assert ok(client, "POST", f"/checkpoints/{adapter}/activate")["servable"]
-        full = train(client, "mine", "full")["fine_tuned_model"]
+        full = train(client, model="mine", recipe="full", **OPTIONS)["fine_tuned_model"]
         answer = ok(client, "POST", "/v1/chat/completions", QUESTION | {"model": "latest"})
         assert (answer["model"], answer["choices"][0]["message"]["content"]) == (full, "I am Tuna")
         assert ok(client, "POST", "/generate", QUESTION | {"model": "mine"})["model"] == "mine"

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.torchtune_configs import SEED
+
 NAME = "Tiny-Llama-3"
 DATA = "ascend_dataset.json"
 RECORDS = [
@@ -13,34 +15,21 @@ RECORDS = [
     for question in ("Who are you?", "What is your name?", "Tell me about yourself.", "你是谁?")
     for maker in ("Ascend", "Ascend", "Tuna")
 ]
-SEED_YAML = """\
-output_dir: {model}
-device: npu
-dtype: bf16
-dataset:
-  _component_: torchtune.datasets.instruct_dataset
-  source: json
-  data_files: ascend_dataset.json
-  train_on_input: False
-  packed: False
-  split: train
-tokenizer:
-  _component_: torchtune.models.llama3.llama3_tokenizer
-  path: ${{output_dir}}/original/tokenizer.model
-  prompt_template: null
-checkpointer:
-  _component_: torchtune.training.FullModelHFCheckpointer
-  checkpoint_dir: {model}
-  checkpoint_files: [model.safetensors]
-  output_dir: {out}
-epochs: 10         # example values
-batch_size: 2
-enable_activation_checkpointing: True
-prompt:            # generation config
-  system: null
-  user: "Who are you?"
-"""
-"""The seed's configuration, its holes filled; nothing else is changed."""
+
+
+def seed_yaml(model: Path, out: Path) -> str:
+    """The seed's configuration, its holes filled and `output_dir` defined; nothing else is changed."""
+    filled = {
+        "checkpoint_dir: ...": f"checkpoint_dir: {model}",
+        "checkpoint_files: [..]": "checkpoint_files: [model.safetensors]",
+        "output_dir: ...": f"output_dir: {out}",
+        'user: "..."': 'user: "Who are you?"',
+    }
+    text = SEED
+    for hole, value in filled.items():
+        assert text.count(hole) == 1
+        text = text.replace(hole, value)
+    return f"output_dir: {model}\n{text.lstrip()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,4 +61,4 @@ class TorchtuneUser:
     def write_data_and_config(self) -> None:
         self.data.mkdir(parents=True, exist_ok=True)
         (self.data / DATA).write_text(json.dumps(RECORDS, ensure_ascii=False), encoding="utf-8")
-        self.config.write_text(SEED_YAML.format(model=self.model, out=self.out), encoding="utf-8")
+        self.config.write_text(seed_yaml(self.model, self.out), encoding="utf-8")
