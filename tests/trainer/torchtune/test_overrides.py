@@ -129,6 +129,8 @@ def test_yaml_is_read_as_torchtunes_users_write_it() -> None:
         ("a: !!set {x}", "neither text"),
         ("a: !!binary aGk=", "neither text"),
         ("a: !!python/object/apply:os.system [ls]", "not valid YAML"),
+        ('a: "\\uD800"', "could be written as UTF-8"),
+        ("a: 0x" + "f" * 5000, "a number beyond"),
         ("a: !!int ''", "not valid YAML"),
         ("a: !!float ''", "not valid YAML"),
         ("a: !!bool maybe", "not valid YAML"),

@@ -41,6 +41,7 @@ from trainer.torchtune.table import all_keys
         (["model.lora_attn_modules=[o_proj]"], "model.lora_attn_modules", "output_proj"),
         (["model.lora_rank=0"], "model.lora_rank", "greater than or equal to 1"),
         (["optimizer.betas=[0.9, 0.95]"], "optimizer.betas", "0.999"),
+        (["optimizer.no_such_key=null"], "optimizer.no_such_key", "unknown key"),
         (["optimizer=torch.optim.SGD"], "optimizer._component_", "torch.optim.AdamW"),
         (["optimizer.lr=fast"], "optimizer.lr", "valid number"),
         (["lr_scheduler.num_cycles=2"], "lr_scheduler.num_cycles", "half a cosine"),

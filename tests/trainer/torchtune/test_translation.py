@@ -143,3 +143,8 @@ def test_without_a_recipe_the_builder_decides() -> None:
 def test_the_8_bit_optimizer_becomes_adamw_with_a_note() -> None:
     translation = translate(stock("optimizer=bitsandbytes.optim.PagedAdamW8bit"), recipe=LORA)
     assert any("PagedAdamW8bit becomes AdamW" in note for note in translation.notes)
+
+
+def test_a_null_limit_of_steps_is_not_told_as_if_it_were_one() -> None:
+    assert not any("max_steps_per_epoch" in note for note in translate(stock("max_steps_per_epoch=null")).notes)
+    assert any("max_steps_per_epoch" in note for note in translate(stock("max_steps_per_epoch=3")).notes)
