@@ -71,9 +71,8 @@ def _lora(keys: Mapping[str, Any]) -> dict[str, Any]:
     names = keys.get("lora_attn_modules")
     if not isinstance(names, list) or not names:
         raise UserError(f"{where}: a list of names is expected; {nearest('', LORA_LAYERS)}", param=where)
-    unknown = next((name for name in names if not isinstance(name, str) or name not in LORA_LAYERS), None)
-    if unknown is not None:
-        raise UserError(f"{where}: {unknown!r:.80} is unknown; {nearest(str(unknown), LORA_LAYERS)}", param=where)
+    if unknown := [name for name in names if not isinstance(name, str) or name not in LORA_LAYERS]:
+        raise UserError(f"{where}: {unknown[0]!r:.80} is unknown; {nearest(str(unknown[0]), LORA_LAYERS)}", param=where)
     on_mlp = keys.get("apply_lora_to_mlp", False)
     if not isinstance(on_mlp, bool):
         raise UserError(

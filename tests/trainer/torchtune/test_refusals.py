@@ -37,6 +37,7 @@ from trainer.torchtune.table import all_keys
         (["model={lora_rank: 8}"], "model._component_", "required"),
         (["model.quantize_base=True"], "model.quantize_base", "QLoRA"),
         (["model.use_dora=True"], "model.use_dora", "DoRA"),
+        (["model.lora_attn_modules=[null]"], "model.lora_attn_modules", "None is unknown"),
         (["model.apply_lora_to_mlp=3"], "model.apply_lora_to_mlp", "true or false"),
         (["model.lora_attn_modules=[o_proj]"], "model.lora_attn_modules", "output_proj"),
         (["model.lora_rank=0"], "model.lora_rank", "greater than or equal to 1"),
