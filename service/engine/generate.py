@@ -172,7 +172,7 @@ def _load(config: GenerationConfig, num_prompt_tokens: int) -> tuple[Engine, Mod
             base_dir=config.model_dir,
             max_num_seqs=1,
             max_model_len=num_prompt_tokens + config.max_new_tokens,
-            prefill_chunk=min(PREFILL_CHUNK, num_prompt_tokens),
+            max_num_batched_tokens=1 + min(PREFILL_CHUNK, num_prompt_tokens),
             swap="drain",  # no second set will come, so none needs room
         ),
         wake=awake.set,

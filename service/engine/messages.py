@@ -37,25 +37,52 @@ class EngineConfig(Message, frozen=True):
     """Longest prompt plus answer, in tokens; None takes the model's own limit."""
     kv_cache_bytes: int | None = None
     """Size of the KV pool; None lets the engine choose from the device's free memory."""
-    prefill_chunk: int = 256
-    """Prompt tokens that one step prefills at most, so that decoding requests never wait longer than this."""
+    max_num_batched_tokens: int = 256
+    """Tokens that one step computes at most: one for each decoding request, and what is left for prompts, of which at
+    least one block goes on. Decoding requests never wait longer than this."""
     swap: SwapMode = "auto"
     num_threads: int | None = None
     """CPU threads; None takes all cores."""
     seed: int = 0
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How one answer is made. The engine takes every combination; what users may ask is checked before."""
+
     max_tokens: int
+    """0 computes the prompt and samples nothing."""
+    min_tokens: int = 0
+    """Before so many tokens no token that ends the answer is chosen."""
     temperature: float = 1.0
-    """0 is greedy: argmax."""
+    """0 is greedy: argmax of the logits after penalties, bias and masks."""
     top_p: float = 1.0
     top_k: int = 0
     """0 switches it off."""
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest one are left out; 0 switches it off."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each token that the answer has already."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for each time that the answer has the token."""
+    repetition_penalty: float = 1.0
+    """Of each token in prompt or answer a positive logit is divided by it, a negative one multiplied (CTRL, 2019)."""
+    logit_bias: dict[int, float] = {}
     seed: int | None = None
-    """Random numbers are keyed by (seed, position), so a batch does not change them. None draws a seed."""
+    """Random numbers are keyed by (seed, choice, position), so a batch does not change them. None draws a seed."""
+    choice: int = 0
+    """Which of the answers to one prompt this is."""
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences whose last token is not chosen where the others stand before it."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """The only tokens to choose from; None is all."""
+    logprobs: int | None = None
+    """With each token its log probability, and those of so many of the likeliest tokens. None is none of it."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt but the first."""
+    grammar: str | None = None
+    """A grammar of llguidance that the answer follows."""
 
 
 class AddRequest(Message, frozen=True):
@@ -138,10 +165,28 @@ class ModelUnloaded(Message, frozen=True):
     model_id: str
 
 
-class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithms of the model's own distribution, before penalties, bias, masks and temperature."""
+
+    logprob: float
+    """Of the token itself."""
+    top_ids: tuple[int, ...]
+    """The likeliest tokens, the first one first. The token itself need not be among them."""
+    top_logprobs: tuple[float, ...]
+    rank: int
+    """Of the token itself; 1 is the likeliest."""
+
+
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     request_id: str
     token_ids: tuple[int, ...]
-    """New tokens of this step, an end-of-sequence token included."""
+    """New tokens of this step, an end-of-sequence token included. Empty while only prompt log probabilities come."""
+    logprobs: tuple[Logprobs, ...] = ()
+    """One for each of `token_ids`, if asked for."""
+    prompt_logprobs: tuple[Logprobs, ...] = ()
+    """Of the prompt's tokens that this step computed, in order from the prompt's second token on; if asked for."""
+    num_cached_tokens: int | None = None
+    """Prompt tokens that were not computed, since the cache had them; with the first output only."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     """The token that ended the request: the last of `token_ids`, not part of the text."""
@@ -157,6 +202,8 @@ class RequestTiming(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     decode_s: float
     decode_tokens: int
     """Tokens after the first one."""
+    num_preempted: int = 0
+    """How often its blocks were taken and it was computed again."""
     decode_bytes: int
     """Bytes read by the decode steps this request took part in: weights once a step, plus the KV really read."""
 
@@ -174,6 +221,10 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     num_preempted: int = 0
     num_sampled: int = 0
     """Tokens generated in this step: one for each decoding request, and one where a prefill ended."""
+    num_prefix_queries: int = 0
+    """Prompt tokens of the requests that began in this step, for which the prefix cache was asked."""
+    num_prefix_hits: int = 0
+    """Those among them that the cache had."""
 
 
 class StepOutput(Message, frozen=True):

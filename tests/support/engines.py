@@ -30,7 +30,14 @@ MODEL = "m"
 
 
 def tiny_engine_config(base_dir: Path, **overrides: Any) -> EngineConfig:
-    fields = {"device": "cpu", "dtype": "fp32", "max_num_seqs": 8, "prefill_chunk": 16, "num_threads": 1, **overrides}
+    fields = {
+        "device": "cpu",
+        "dtype": "fp32",
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 16,
+        "num_threads": 1,
+        **overrides,
+    }
     return EngineConfig(base_dir=str(base_dir), **fields)
 
 
