@@ -69,20 +69,27 @@ class StopFinder:
     """
 
     stop: tuple[str, ...]
+    include: bool = False
+    """Pass the stop string on, too."""
     held: str = ""
     found: str | None = None
-    """The stop string that ended the text. Neither it nor anything behind it is passed on."""
+    """The stop string that ended the text. Nothing behind it is passed on."""
 
-    def add(self, text: str) -> str:
-        """The text that is certain now and was not before."""
+    def add(self, text: str, *, may_end: bool = True) -> str:
+        """The text that is certain now and was not before. Unless it `may_end` here, what is completed in it is none."""
         if self.found is not None:
             return ""
+        num_held = len(self.held)
         text = self.held + text
-        ends = [(start + len(stop), start, stop) for stop in self.stop if (start := text.find(stop)) >= 0]
+        ends = []
+        for stop in self.stop if may_end else ():
+            start = text.find(stop, max(0, num_held - len(stop) + 1))  # what is held was no end before
+            if start >= 0:
+                ends.append((start + len(stop), start, stop))
         if ends:
-            _, start, self.found = min(ends)
+            end, start, self.found = min(ends)
             self.held = ""
-            return text[:start]
+            return text[: end if self.include else start]
         keep = max((_overlap(text, stop) for stop in self.stop), default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -112,8 +119,8 @@ class Detokenizer:
     def stopped_by(self) -> str | None:
         return self.finder.found
 
-    def add(self, token_id: int) -> str:
-        return self.finder.add(self.decoder.add(token_id))
+    def add(self, token_id: int, *, may_end: bool = True) -> str:
+        return self.finder.add(self.decoder.add(token_id), may_end=may_end)
 
     def flush(self) -> str:
         """The tail. A stop string may be completed in it, too."""

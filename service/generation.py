@@ -1,23 +1,33 @@
-"""The one way from a prompt to its text, for every endpoint, streamed or not.
+"""The one way from token ids to their answers, for every endpoint, streamed or not.
 
-prepare   prompts -> token ids, refused with a 400 where they cannot be served; nothing has started yet
-run       answers -> pieces of text as they come, through the engine and the detokenizer
+Prompts become `Ask`s in `service.asking`; nothing has started then. `Generator.run` brings the answers to them, as
+pieces of text, through the engine and the detokenizer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from uuid import uuid4
 
-from lm.errors import UserError
+import msgspec
+
 from service.admission import Admission
 from service.codec import Codec
 from service.detokenizer import Detokenizer, IncrementalDecoder, StopFinder
-from service.engine.messages import AddRequest, EngineReady, FinishReason, RequestTiming, SamplingParams, TokenOutput
+from service.engine.messages import (
+    AddRequest,
+    EngineReady,
+    FinishReason,
+    Logprobs,
+    RequestTiming,
+    SamplingParams,
+    TokenOutput,
+)
 from service.engine_client import (
     EngineClient,
     EngineError,
@@ -28,14 +38,27 @@ from service.engine_client import (
 from service.errors import ApiError, unavailable
 from service.metrics import Metrics
 from service.registry import Entry
-from service.schemas.requests import Sampling
 from service.serving import Serving
 
-GREEDY_BELOW = 1e-5  # a smaller temperature overflows what it divides
 MAX_ATTEMPTS = 5
 
-Prompt = str | tuple[int, ...] | list[Mapping[str, str]]
-"""Text, token ids, or the messages of a conversation."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """One prompt, and how `n` answers to it are made."""
+
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    """Final, but for `choice`."""
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    """Those of `sampling.stop_token_ids` that the client named: a `stop_reason` tells them."""
+    include_stop: bool = False
+    """Show what ended the answer, a stop string or the text of a token."""
+    skip_special_tokens: bool = True
+    prompt_text: str | None = None
+    """If it is known."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -43,7 +66,9 @@ class Answer:
     """One answer, as far as it has come."""
 
     index: int
-    prompt_ids: list[int]
+    """Among the answers of the request: those to the first prompt come first."""
+    prompt_index: int
+    ask: Ask
     sampling: SamplingParams
     detokenizer: Detokenizer
     engine: EngineReady
@@ -52,12 +77,26 @@ class Answer:
     """Seconds on time.monotonic(), as are the other times."""
     entry: Entry | None = None
     """Whose weights answer. Known with the first piece."""
-    num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    """Up to the token that ended it: an end-of-sequence token, or the one that completed a stop string."""
+    logprobs: list[Logprobs] = field(default_factory=list)
+    """One for each of `token_ids`, if asked for."""
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
+    """From the prompt's second token on, if asked for. Complete with the first piece."""
+    num_cached_tokens: int = 0
+    """Of the prompt, which were not computed."""
     first_token: float | None = None
     last_token: float | None = None
     finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
     timing: RequestTiming | None = None
     """The engine's own, for a complete answer. None where the engine died as a stop string ended it."""
+    num_told: int = 0
+    """Tokens that the pieces so far had."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
 
     @property
     def outcome(self) -> FinishReason:
@@ -66,28 +105,57 @@ class Answer:
         return self.finish_reason
 
     @property
-    def stop_reason(self) -> str | None:
+    def stop_reason(self) -> str | int | None:
+        """What of the request's own stop strings or tokens ended it."""
+        if self.stop_token_id in self.ask.stop_token_ids:
+            return self.stop_token_id
         return self.detokenizer.stopped_by
 
     def take(self, output: TokenOutput) -> str:
-        """Count the tokens of one step. Returns the text that is certain now and was not before."""
-        self.num_tokens += len(output.token_ids)
-        shown = output.token_ids if output.stop_token_id is None else output.token_ids[:-1]
-        text = "".join(self.detokenizer.add(token_id) for token_id in shown)
+        """Take the tokens of one step. Returns the text that is certain now and was not before."""
+        self.prompt_logprobs += output.prompt_logprobs
+        if output.num_cached_tokens is not None:
+            self.num_cached_tokens = output.num_cached_tokens
+        text = ""
+        for number, token_id in enumerate(output.token_ids):
+            self.token_ids.append(token_id)
+            self.logprobs += output.logprobs[number : number + 1]
+            ends = output.stop_token_id is not None and number == len(output.token_ids) - 1
+            if not ends or self.ask.include_stop:
+                text += self.detokenizer.add(token_id, may_end=self.num_tokens >= self.sampling.min_tokens)
+            if self.detokenizer.stopped_by is not None:
+                self.finish_reason = "stop"
+                return text
         if output.finish_reason is not None:
             text += self.detokenizer.flush()
             self.finish_reason, self.timing = output.finish_reason, output.timing
+            self.stop_token_id = output.stop_token_id
         if self.detokenizer.stopped_by is not None:
-            self.finish_reason = "stop"
+            self.finish_reason, self.stop_token_id = "stop", None
         return text
+
+    def piece(self, text: str) -> Piece:
+        """With all that has come since the last one."""
+        told, self.num_told = self.num_told, self.num_tokens
+        return Piece(
+            answer=self,
+            text=text,
+            token_ids=tuple(self.token_ids[told:]),
+            logprobs=tuple(self.logprobs[told:]),
+            num_tokens=self.num_tokens,
+            finish_reason=self.finish_reason,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """New text of one answer. The last piece has the finish reason, and maybe no text."""
+    """New text of one answer. Where there is none, the finish reason or log probabilities have come."""
 
     answer: Answer
     text: str
+    token_ids: tuple[int, ...]
+    """Those since the piece before."""
+    logprobs: tuple[Logprobs, ...]
     num_tokens: int
     """Of the answer, this piece's included."""
     finish_reason: FinishReason | None
@@ -105,43 +173,36 @@ class Generator:
     metrics: Metrics
     admission: Admission
 
-    async def prepare(
-        self,
-        prompts: Sequence[Prompt],
-        options: Sampling,
-        *,
-        max_tokens: int | None,
-        default_max_tokens: int | None = None,
-        param: str,
-    ) -> list[Answer]:
-        """One answer for each prompt. Without a default, `max_tokens` None is the rest of the context.
-
-        `param` is the field that the prompts stand in. Raises UserError and ApiError: 400 for what cannot be served,
-        503 while there is no engine.
-        """
-        started = time.monotonic()
-        engine = self.engine.ready
-        if engine is None:
+    def ready_engine(self) -> EngineReady:
+        """Raises ApiError 503 while there is none."""
+        if self.engine.ready is None:
             raise unavailable("no model is loaded yet; GET /health says what the engine is doing", retry_after=5)
-        answers = []
-        for index, prompt in enumerate(prompts):
-            prompt_ids = await self._encode(prompt, param)
-            room = _room(len(prompt_ids), max_tokens, engine.max_model_len, param)
-            limit = max_tokens or min(room, default_max_tokens or room)
-            answers.append(
-                Answer(
-                    index=index,
-                    prompt_ids=prompt_ids,
-                    sampling=_sampling(options, limit, self.codec.tokenizer.eos_token_ids),
-                    detokenizer=Detokenizer(IncrementalDecoder(self.codec.tokenizer.decode), StopFinder(options.stop)),
-                    engine=engine,
-                    started=started,
-                )
-            )
-        return answers
+        return self.engine.ready
 
-    async def run(self, model: str | None, answers: Sequence[Answer]) -> AsyncGenerator[Piece]:
-        """The pieces of all answers, as they come. Closing it aborts what is still running.
+    def answers_for(self, asks: Sequence[Ask]) -> list[Answer]:
+        """The answers that `run` will bring, in order. Raises ApiError 503 while there is no engine."""
+        engine, started = self.ready_engine(), time.monotonic()
+        return [
+            Answer(
+                index=index,
+                prompt_index=prompt_index,
+                ask=ask,
+                sampling=msgspec.structs.replace(ask.sampling, choice=choice),
+                detokenizer=self._detokenizer(ask),
+                engine=engine,
+                started=started,
+            )
+            for index, (prompt_index, ask, choice) in enumerate(
+                (prompt_index, ask, choice) for prompt_index, ask in enumerate(asks) for choice in range(ask.n)
+            )
+        ]
+
+    def _detokenizer(self, ask: Ask) -> Detokenizer:
+        decode = partial(self.codec.tokenizer.decode, skip_special_tokens=ask.skip_special_tokens)
+        return Detokenizer(IncrementalDecoder(decode), StopFinder(ask.stop, include=ask.include_stop))
+
+    async def run(self, model: str | None, answers: Sequence[Answer]) -> AsyncGenerator[list[Piece]]:
+        """The pieces of all answers, as they come: each time all that are there. Closing it aborts what still runs.
 
         Raises NotFoundError for an unknown model, and ApiError: 429 or 503 for a service that is full, draining or
         without an engine, 409 for a model that cannot be loaded; RequestCrashed when the engine failed in this request.
@@ -152,42 +213,29 @@ class Generator:
             try:
                 num_running = len(tasks)
                 while num_running:
-                    item = await pieces.get()
-                    if isinstance(item, Exception):
-                        raise item
-                    if item is None:
-                        num_running -= 1
-                    else:
-                        yield item
+                    items = [await pieces.get()]
+                    while not pieces.empty():
+                        items.append(pieces.get_nowait())
+                    num_running -= items.count(None)
+                    if batch := [item for item in items if isinstance(item, Piece)]:
+                        yield batch
+                    for item in items:
+                        if isinstance(item, Exception):
+                            raise item
             finally:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _encode(self, prompt: Prompt, param: str) -> list[int]:
-        try:
-            if isinstance(prompt, str):
-                ids = await self.codec.encode(prompt)
-            elif isinstance(prompt, tuple):
-                ids = self.codec.check_ids(prompt)
-            else:
-                ids = await self.codec.encode_chat(prompt)
-        except UserError as error:
-            message = str(error)
-            message = message if message.startswith(param) else f"{param}: {message}"
-            raise UserError(message, param=error.param or param) from error
-        if not ids:
-            raise UserError(f"{param}: it is empty, and the model needs a token to start from", param=param)
-        return ids
-
     async def _pump(self, model: str | None, answer: Answer, pieces: Pieces) -> None:
         try:
             async with aclosing(self._outputs(model, answer)) as outputs:
                 async for output in outputs:
-                    self._clock(answer, len(output.token_ids))
+                    before = answer.num_tokens
                     text = answer.take(output)
-                    if text or answer.finish_reason is not None:
-                        pieces.put_nowait(_piece(answer, text))
+                    self._clock(answer, answer.num_tokens - before)
+                    if text or answer.finish_reason is not None or (output.token_ids and answer.logprobs):
+                        pieces.put_nowait(answer.piece(text))
             self._finish(answer)
             pieces.put_nowait(None)
         except asyncio.CancelledError:
@@ -205,7 +253,7 @@ class Generator:
         for _ in range(MAX_ATTEMPTS):
             entry = answer.entry = await self.serving.acquire(model)
             request = AddRequest(
-                request_id=uuid4().hex, model_id=entry.id, prompt_ids=answer.prompt_ids, sampling=answer.sampling
+                request_id=uuid4().hex, model_id=entry.id, prompt_ids=answer.ask.prompt_ids, sampling=answer.sampling
             )
             try:
                 async with aclosing(self.engine.submit(request)) as outputs:
@@ -225,7 +273,7 @@ class Generator:
         now = time.monotonic()
         if answer.last_token is None:
             answer.first_token = now
-            self.metrics.first_token(len(answer.prompt_ids), now - answer.started)
+            self.metrics.first_token(len(answer.ask.prompt_ids), now - answer.started)
         else:
             self.metrics.next_token(now - answer.last_token)
         answer.last_token = now
@@ -236,16 +284,12 @@ class Generator:
             self.metrics.request_aborted("shutdown")
         self.metrics.request_finished(
             answer.outcome,
-            prompt_tokens=len(answer.prompt_ids),
+            prompt_tokens=len(answer.ask.prompt_ids),
             generated_tokens=answer.num_tokens,
             max_tokens=answer.sampling.max_tokens,
             seconds=(answer.last_token or time.monotonic()) - answer.started,
             timing=answer.timing,
         )
-
-
-def _piece(answer: Answer, text: str) -> Piece:
-    return Piece(answer=answer, text=text, num_tokens=answer.num_tokens, finish_reason=answer.finish_reason)
 
 
 def _as_http(error: Exception) -> Exception:
@@ -254,40 +298,3 @@ def _as_http(error: Exception) -> Exception:
     if isinstance(error, RequestRejected):
         return ApiError(400, str(error))
     return error
-
-
-def _room(num_prompt: int, max_tokens: int | None, context: int, param: str) -> int:
-    """How many tokens could be generated. Raises ApiError when prompt and answer do not fit into the context."""
-    room = context - num_prompt
-    if room < 1:
-        raise ApiError(
-            400,
-            f"{param}: it has {num_prompt} tokens, and prompt and answer together may have {context}: shorten it",
-            param=param,
-            code="context_length_exceeded",
-        )
-    if max_tokens is not None and max_tokens > room:
-        raise ApiError(
-            400,
-            f"max_tokens: {num_prompt} tokens in {param} and {max_tokens} for the answer exceed the context of "
-            f"{context} tokens: lower max_tokens to {room}, or shorten {param}",
-            param="max_tokens",
-            code="context_length_exceeded",
-        )
-    return room
-
-
-def _sampling(options: Sampling, max_tokens: int, eos_token_ids: tuple[int, ...]) -> SamplingParams:
-    """The tokenizer's end tokens end an answer beside those of the checkpoint's config: training teaches the former."""
-    temperature = options.default_temperature if options.temperature is None else options.temperature
-    top_p = 1.0 if options.top_p is None else options.top_p
-    greedy = temperature < GREEDY_BELOW or top_p == 0
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=0.0 if greedy else temperature,
-        top_p=top_p or 1.0,
-        top_k=max(0, options.top_k or 0),
-        seed=options.seed,
-        ignore_eos=bool(options.ignore_eos),
-        stop_token_ids=() if options.ignore_eos else eos_token_ids,
-    )

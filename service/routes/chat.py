@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from service.asking import ask
 from service.generation import Piece
 from service.routes.replies import STREAMED, Reply, chunks, new_reply
 from service.schemas.answers import ChatChoice, ChatCompletion, ChatMessage
@@ -24,7 +25,10 @@ async def create_chat_completion(
 ) -> ChatCompletion | Response:
     """Answer a conversation."""
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    answers = await services.generator.prepare([plain(body.messages)], body, max_tokens=max_tokens, param="messages")
+    engine = services.generator.ready_engine()
+    messages = plain(body.messages)
+    asks = await ask(services.codec, engine, [messages], body, max_tokens=max_tokens, param="messages")
+    answers = services.generator.answers_for(asks)
     reply = new_reply(services, request, answers, model=body.model, prefix="chatcmpl")
     if body.stream:
         return await event_stream(request.receive, _events(reply, body))

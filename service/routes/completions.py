@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from service.asking import ask
 from service.generation import Piece
 from service.routes.replies import STREAMED, Reply, chunks, new_reply
 from service.schemas.answers import Completion, CompletionChoice
@@ -24,9 +25,16 @@ router = APIRouter(tags=["OpenAI"])
 @router.post("/v1/completions", response_model=Completion, responses=STREAMED)
 async def create_completion(body: CompletionRequest, request: Request, services: ServicesDep) -> Completion | Response:
     """Continue one or more prompts."""
-    answers = await services.generator.prepare(
-        body.prompt, body, max_tokens=body.max_tokens, default_max_tokens=DEFAULT_MAX_TOKENS, param="prompt"
+    asks = await ask(
+        services.codec,
+        services.generator.ready_engine(),
+        body.prompt,
+        body,
+        max_tokens=body.max_tokens,
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+        param="prompt",
     )
+    answers = services.generator.answers_for(asks)
     reply = new_reply(services, request, answers, model=body.model, prefix="cmpl")
     if body.stream:
         return await event_stream(request.receive, _events(reply, body))

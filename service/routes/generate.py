@@ -9,7 +9,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from lm.errors import UserError
-from service.generation import Answer, Prompt
+from service.asking import Prompt, ask
+from service.generation import Answer
 from service.routes.chat import plain
 from service.routes.completions import KIND, chunk_choices, whole_choices
 from service.routes.replies import STREAMED, Reply, chunks, last_chunk, new_reply
@@ -28,9 +29,16 @@ router = APIRouter(tags=["Generate"])
 async def generate(body: GenerateRequest, request: Request, services: ServicesDep) -> GenerateAnswer | Response:
     """Answer `messages`, or continue `prompt` as it stands; with the speed, the bandwidth and the memory it took."""
     prompt, param = _prompt(body)
-    answers = await services.generator.prepare(
-        [prompt], body, max_tokens=body.max_tokens, default_max_tokens=DEFAULT_MAX_TOKENS, param=param
+    asks = await ask(
+        services.codec,
+        services.generator.ready_engine(),
+        [prompt],
+        body,
+        max_tokens=body.max_tokens,
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+        param=param,
     )
+    answers = services.generator.answers_for(asks)
     reply = new_reply(services, request, answers, model=body.model, prefix="cmpl")
     if body.stream:
         return await event_stream(request.receive, _events(reply, body))

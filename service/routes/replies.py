@@ -30,7 +30,7 @@ class Reply:
     created: int
     services: Services
     answers: list[Answer]
-    pieces: AsyncGenerator[Piece]
+    pieces: AsyncGenerator[list[Piece]]
 
     def head(self, kind: str) -> dict[str, Any]:
         """What every form of the answer begins with. Known once the first piece is there."""
@@ -44,8 +44,13 @@ class Reply:
             "system_fingerprint": f"ts-{self.services.serving.weights_hash(entry.id)}",
         }
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Each prompt counts once, however many answers it gets."""
+        return sum(len(answer.ask.prompt_ids) for answer in self.answers if answer.sampling.choice == 0)
+
     def usage(self) -> Usage:
-        prompt = sum(len(answer.prompt_ids) for answer in self.answers)
+        prompt = self.num_prompt_tokens
         completion = sum(answer.num_tokens for answer in self.answers)
         return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
@@ -53,8 +58,9 @@ class Reply:
         """The whole texts, by index."""
         parts: list[list[str]] = [[] for _ in self.answers]
         async with aclosing(self.pieces):
-            async for piece in self.pieces:
-                parts[piece.answer.index].append(piece.text)
+            async for batch in self.pieces:
+                for piece in batch:
+                    parts[piece.answer.index].append(piece.text)
         return ["".join(part) for part in parts]
 
 
@@ -76,18 +82,21 @@ async def chunks(
     [DONE] is left to the caller, who may have more to say.
     """
     options = options or StreamOptions()
-    prompt_tokens = sum(len(answer.prompt_ids) for answer in reply.answers)
+    prompt_tokens = reply.num_prompt_tokens
     num_tokens = [0] * len(reply.answers)
     async with aclosing(reply.pieces):
-        async for piece in reply.pieces:
-            num_tokens[piece.answer.index] = piece.num_tokens
-            for choice in choices(piece):
-                chunk = {**reply.head(kind), "choices": [choice]}
-                if options.continuous_usage_stats:
-                    chunk["usage"] = _usage_so_far(prompt_tokens, sum(num_tokens))
-                elif options.include_usage:
-                    chunk["usage"] = None
-                yield event(chunk)
+        async for batch in reply.pieces:
+            events = []
+            for piece in batch:
+                num_tokens[piece.answer.index] = piece.num_tokens
+                for choice in choices(piece):
+                    chunk = {**reply.head(kind), "choices": [choice]}
+                    if options.continuous_usage_stats:
+                        chunk["usage"] = _usage_so_far(prompt_tokens, sum(num_tokens))
+                    elif options.include_usage:
+                        chunk["usage"] = None
+                    events.append(event(chunk))
+            yield b"".join(events)
     if options.include_usage:
         yield event(last_chunk(reply, kind))
 

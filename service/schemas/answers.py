@@ -25,8 +25,8 @@ class Choice(Answer):
     index: int
     finish_reason: FinishReason
     """`stop`: the model or a stop string ended it. `length`: max_tokens. `abort`: the service was stopped."""
-    stop_reason: str | None
-    """The stop string that was found."""
+    stop_reason: str | int | None
+    """The stop string that was found, or the id among the request's stop_token_ids."""
     logprobs: None = None
 
 
