@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 import torch
 
+from lm.model import CausalLM
 from service.engine.loader import Target
 from service.engine.messages import (
     AbortRequest,
@@ -29,10 +29,10 @@ from service.engine.messages import (
     TokenOutput,
     UnloadModel,
 )
-from service.engine.runner import Forward, Runner
+from service.engine.runner import Output, Runner
 from service.engine.sampler import normalise
-from service.engine.scheduler import Chunk, Scheduler, Step
-from service.engine.sequence import Sequence
+from service.engine.scheduler import Scheduler
+from service.engine.sequence import Sequence, Step
 from service.engine.weights import WeightSet, WeightStore
 
 logger = logging.getLogger(__name__)
@@ -194,49 +194,43 @@ class Engine:
         for chunk in step.chunks:
             if chunk.sequence.scheduled is None:
                 chunk.sequence.scheduled = begin
-        forwards = self._forwards(step)
         try:
-            output = self._parts.runner.run(forwards)
+            output = self._parts.runner.run(step.chunks, self._model_of)
         except torch.AcceleratorError:
             raise
         except Exception as error:
             logger.exception("a step failed")
             self._fail(step, f"the engine failed in this step: {type(error).__name__}: {error}")
             return
-        decode_bytes = self._decode_bytes(step)
-        for chunk in step.decode:
+        decode_bytes = self._decode_bytes(step, output)
+        for chunk in step.chunks[: step.num_decoding]:
             chunk.sequence.decode_bytes += decode_bytes
         now = time.perf_counter()
         grown = self._scheduler.commit(step, output.token_ids, now)
         outputs = [self._output(sequence, now) for sequence in grown]
-        num_prefills = 0 if step.prefill is None else 1
+        decode_s = sum(forward.seconds for forward in output.forwards if forward.is_decode)
         stats = msgspec.structs.replace(
             self._stats(),
-            prefill_tokens=0 if step.prefill is None else step.prefill.end - step.prefill.start,
-            prefill_s=sum(output.seconds[len(forwards) - num_prefills :]),
-            decode_tokens=len(step.decode),
-            decode_s=sum(output.seconds[: len(forwards) - num_prefills]),
+            prefill_tokens=sum(chunk.end - chunk.start for chunk in step.chunks[step.num_decoding :]),
+            prefill_s=sum(forward.seconds for forward in output.forwards) - decode_s,
+            decode_tokens=step.num_decoding,
+            decode_s=decode_s,
             decode_bytes=decode_bytes,
             num_preempted=step.num_preempted,
             num_sampled=len(grown),
         )
         self._events.append(StepOutput(outputs=outputs, stats=stats))
 
-    def _forwards(self, step: Step) -> list[Forward]:
-        """A batch for each generation that decodes, then the prefill."""
-        groups: dict[int, list[Chunk]] = {}
-        for chunk in step.decode:
-            groups.setdefault(_generation(chunk), []).append(chunk)
-        batches = [(generation, tuple(chunks)) for generation, chunks in groups.items()]
-        if step.prefill is not None:
-            batches.append((_generation(step.prefill), (step.prefill,)))
-        return [Forward(model=self._weights.get(generation).model, chunks=chunks) for generation, chunks in batches]
+    def _model_of(self, generation: int) -> CausalLM:
+        return self._weights.get(generation).model
 
-    def _decode_bytes(self, step: Step) -> int:
+    def _decode_bytes(self, step: Step, output: Output) -> int:
         """What the step's decoding read: the weights of each generation once, and the keys and values."""
-        num_rows = Counter(map(_generation, step.decode))
-        weights = sum(self._parts.target.step_bytes(rows) for rows in num_rows.values())
-        return weights + sum(chunk.end for chunk in step.decode) * self._parts.target.kv_token_bytes
+        target, chunks = self._parts.target, step.chunks[: step.num_decoding]
+        if not chunks:
+            return 0
+        weights = sum(target.step_bytes(forward.num_rows) for forward in output.forwards if forward.is_decode)
+        return weights + sum(chunk.end for chunk in chunks) * target.kv_token_bytes
 
     def _output(self, sequence: Sequence, now: float) -> TokenOutput:
         token_id = sequence.token_ids[-1]
@@ -275,8 +269,3 @@ class Engine:
             decode_bytes=0,
             device_memory_bytes=self._memory[1],
         )
-
-
-def _generation(chunk: Chunk) -> int:
-    assert chunk.sequence.generation is not None
-    return chunk.sequence.generation

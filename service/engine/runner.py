@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,8 +23,9 @@ from torch import Tensor
 from lm.cache import KVCache, PagedBatch
 from lm.model import CausalLM
 from service.engine.blocks import blocks_for
+from service.engine.messages import Logprobs
 from service.engine.sampler import SamplingInputs, plan_sampling, sample, uniform
-from service.engine.scheduler import Chunk
+from service.engine.sequence import Chunk
 
 Words = NDArray[np.int32]
 ArrayT = TypeVar("ArrayT")
@@ -37,12 +39,31 @@ class Forward:
     chunks: tuple[Chunk, ...]
 
 
+class ForwardFigures(NamedTuple):
+    """What one forward did."""
+
+    generation: int
+    num_rows: int
+    num_tokens: int
+    """Of all rows, without padding."""
+    seconds: float
+    """On a device that runs behind the host, its part of the step's time in the proportion of the launches."""
+
+    @property
+    def is_decode(self) -> bool:
+        """One token a row."""
+        return self.num_tokens == self.num_rows
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
     token_ids: list[int]
     """One for each chunk that samples, in order."""
-    seconds: list[float]
-    """Per forward. On a device that runs behind the host, the step's time in the proportion of the launches."""
+    logprobs: list[Logprobs | None]
+    """Of each of `token_ids`, where they are asked for."""
+    prompt_logprobs: dict[int, tuple[Logprobs, ...]]
+    """By index of the chunk: of the prompt's tokens that follow those of the chunk."""
+    forwards: list[ForwardFigures]
 
 
 class Sections(NamedTuple, Generic[ArrayT]):
@@ -89,21 +110,24 @@ def padded_sizes(limit: int) -> tuple[int, ...]:
 
 class Runner:
     def __init__(
-        self, cache: KVCache, device: torch.device, *, max_num_seqs: int, prefill_chunk: int, max_model_len: int
+        self,
+        cache: KVCache,
+        device: torch.device,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
     ) -> None:
         self._cache = cache
         self._row_sizes = padded_sizes(max_num_seqs)
-        self._token_sizes = padded_sizes(prefill_chunk)
+        self._token_sizes = padded_sizes(max(max_num_batched_tokens, cache.block_size))
         self._block_sizes = padded_sizes(blocks_for(max_model_len, cache.block_size))
-        max_blocks = self._block_sizes[-1]
-        # Each row of a decode batch may use weights of its own, and none is padded to more than twice its number
-        num_words = Shape(2 * max_num_seqs, 1, max_blocks).num_words + Shape(1, prefill_chunk, max_blocks).num_words
-        self._host = torch.zeros(num_words, dtype=torch.int32)
-        self._input = self._host if device.type == "cpu" else torch.zeros_like(self._host, device=device)
+        self._device = device
 
     @torch.inference_mode()
-    def run(self, forwards: Items[Forward]) -> Output:
-        """Compute the chunks' keys and values, and sample where a chunk says so."""
+    def run(self, chunks: Items[Chunk], model_of: Callable[[int], CausalLM]) -> Output:
+        """Compute the chunks' keys and values, and sample where a chunk says so. `model_of` knows the generations."""
+        forwards = _group(chunks, model_of)
         marks = [time.perf_counter()]
         shapes = [self._shape(forward.chunks) for forward in forwards]
         inputs = self._upload(forwards, shapes)
@@ -113,7 +137,13 @@ class Runner:
             marks.append(time.perf_counter())
         token_ids = torch.cat(sampled).tolist() if sampled else []
         scale = (time.perf_counter() - marks[0]) / (marks[-1] - marks[0])
-        return Output(token_ids=token_ids, seconds=[(end - begin) * scale for begin, end in pairwise(marks)])
+        seconds = [(end - begin) * scale for begin, end in pairwise(marks)]
+        return Output(
+            token_ids=token_ids,
+            logprobs=[None] * len(token_ids),
+            prompt_logprobs={},
+            forwards=[_figures(*pair) for pair in zip(forwards, seconds, strict=True)],
+        )
 
     def _shape(self, chunks: tuple[Chunk, ...]) -> Shape:
         num_tokens = max(chunk.end - chunk.start for chunk in chunks)
@@ -127,13 +157,10 @@ class Runner:
     def _upload(self, forwards: Items[Forward], shapes: Items[Shape]) -> tuple[Tensor, ...]:
         """The words of each forward on the device, by one copy."""
         num_words = [shape.num_words for shape in shapes]
-        host = self._host[: sum(num_words)]
+        host = torch.zeros(sum(num_words), dtype=torch.int32)
         for forward, shape, words in zip(forwards, shapes, host.split(num_words), strict=True):
             self._write(words.numpy(), shape, forward.chunks)
-        device = self._input[: sum(num_words)]
-        if self._input is not self._host:
-            device.copy_(host)
-        parts: tuple[Tensor, ...] = device.split(num_words)
+        parts: tuple[Tensor, ...] = host.to(self._device).split(num_words)
         return parts
 
     def _write(self, words: Words, shape: Shape, chunks: tuple[Chunk, ...]) -> None:
@@ -178,6 +205,27 @@ class Runner:
         logits = forward.model.logits(hidden)
         plan = plan_sampling((chunk.sequence.sampling for chunk in forward.chunks), logits.shape[-1])
         return [sample(logits, inputs, plan)[: len(forward.chunks)]]
+
+
+def _group(chunks: Items[Chunk], model_of: Callable[[int], CausalLM]) -> list[Forward]:
+    """Chunks of one token go through the weights of their generation together, longer ones by themselves."""
+    singles: dict[int, list[Chunk]] = {}
+    for chunk in chunks:
+        if chunk.end - chunk.start == 1:
+            singles.setdefault(_generation(chunk), []).append(chunk)
+    forwards = [Forward(model=model_of(generation), chunks=tuple(group)) for generation, group in singles.items()]
+    longer = [chunk for chunk in chunks if chunk.end - chunk.start > 1]
+    return forwards + [Forward(model=model_of(_generation(chunk)), chunks=(chunk,)) for chunk in longer]
+
+
+def _generation(chunk: Chunk) -> int:
+    assert chunk.sequence.generation is not None
+    return chunk.sequence.generation
+
+
+def _figures(forward: Forward, seconds: float) -> ForwardFigures:
+    num_tokens = sum(chunk.end - chunk.start for chunk in forward.chunks)
+    return ForwardFigures(_generation(forward.chunks[0]), len(forward.chunks), num_tokens, seconds)
 
 
 def _round_up(count: int, sizes: tuple[int, ...]) -> int:

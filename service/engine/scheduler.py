@@ -10,44 +10,23 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from service.engine.blocks import BlockPool, blocks_for
-from service.engine.sequence import Sequence
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """Tokens [start, end) of a request: one while it decodes, a part of its prompt before that."""
-
-    sequence: Sequence
-    start: int
-    end: int
-    samples: bool
-    """No token is left after these, so the next one is sampled."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    decode: tuple[Chunk, ...]
-    prefill: Chunk | None
-    num_preempted: int
-
-    @property
-    def chunks(self) -> tuple[Chunk, ...]:
-        return self.decode if self.prefill is None else (*self.decode, self.prefill)
+from service.engine.sequence import Chunk, Sequence, Step
 
 
 class Scheduler:
     """No method takes time in the number of waiting requests."""
 
-    def __init__(self, pool: BlockPool, *, block_size: int, max_num_seqs: int, prefill_chunk: int) -> None:
+    def __init__(self, pool: BlockPool, *, block_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.pool = pool
         self._block_size = block_size
         self._max_num_seqs = max_num_seqs
-        self._prefill_chunk = prefill_chunk
+        self._prefill_chunk = max_num_batched_tokens
         self._running: list[Sequence] = []
         self._waiting: OrderedDict[str, Sequence] = OrderedDict()
+        self._free_rows = list(range(max_num_seqs))
+        self._num_bindings = 0
 
     @property
     def num_running(self) -> int:
@@ -76,9 +55,9 @@ class Scheduler:
         """Decide the next step. Its result goes to `commit`; where it failed, its sequences go to `remove`."""
         num_preempted = self._grow()
         self._admit()
-        decode = tuple(self._chunk(sequence) for sequence in self._running if sequence.is_decoding)
-        prefill = next((self._chunk(sequence) for sequence in self._running if not sequence.is_decoding), None)
-        return Step(decode=decode, prefill=prefill, num_preempted=num_preempted)
+        decode = [self._chunk(sequence) for sequence in self._running if sequence.is_decoding]
+        prefill = [self._chunk(sequence) for sequence in self._running if not sequence.is_decoding][:1]
+        return Step(chunks=(*decode, *prefill), num_decoding=len(decode), num_preempted=num_preempted)
 
     def commit(self, step: Step, token_ids: Iterable[int], now: float) -> list[Sequence]:
         """Append a token to each sequence whose chunk samples, in order, and return these. Finished ones are removed."""
@@ -115,6 +94,7 @@ class Scheduler:
     def _preempt_youngest(self) -> None:
         sequence = self._running.pop()
         self._release(sequence)
+        sequence.num_preempted += 1
         self._waiting[sequence.request_id] = sequence
         self._waiting.move_to_end(sequence.request_id, last=False)
 
@@ -133,6 +113,9 @@ class Scheduler:
             return
         del self._waiting[sequence.request_id]
         sequence.blocks += self.pool.allocate(needed)
+        sequence.row = self._free_rows.pop()
+        self._num_bindings += 1
+        sequence.binding = self._num_bindings
         self._running.append(sequence)
 
     def _chunk(self, sequence: Sequence) -> Chunk:
@@ -147,3 +130,6 @@ class Scheduler:
         self.pool.free(sequence.blocks)
         sequence.blocks = []
         sequence.num_computed = 0
+        if sequence.row is not None:
+            self._free_rows.append(sequence.row)
+            sequence.row = None

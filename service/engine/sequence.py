@@ -1,10 +1,31 @@
-"""One request as the engine sees it: its tokens, its blocks, its clock. Torch-free."""
+"""One request as the engine sees it: its tokens, its place, its clock; and the part of it that a step computes.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from service.engine.messages import FinishReason, RequestTiming, SamplingParams
+
+
+class Matcher(Protocol):
+    """Where an answer stands in its grammar."""
+
+    def fill_mask(self, words: NDArray[np.int32]) -> None:
+        """Set a bit for each token that may come next. Matchers do not disturb each other: any thread may call."""
+
+    def accept(self, token_id: int) -> bool:
+        """Go on by one token; False when the grammar has no such token here."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing but the end may follow."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -12,7 +33,7 @@ class Sequence:
     request_id: str
     model_id: str
     token_ids: list[int]
-    """The prompt, then the answer so far."""
+    """The prompt, then the answer so far. Only appended to."""
     num_prompt_tokens: int
     sampling: SamplingParams
     seed: int
@@ -21,13 +42,26 @@ class Sequence:
     generation: int | None = None
     """The weights it was admitted with; it finishes on them whatever is loaded meanwhile."""
     stop_token_ids: frozenset[int] = frozenset()
+    matcher: Matcher | None = None
+    """Follows the answer so far; None is no grammar."""
+    row: int | None = None
+    """Its place among the running requests, 0..max_num_seqs-1; None while it waits."""
+    binding: int = 0
+    """A number that no other request ever had, new each time it gets a row: while it stays, `blocks` only grows."""
     num_computed: int = 0
     """Tokens whose keys and values are in the pool."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that need not be computed, since the pool had them."""
     blocks: list[int] = field(default_factory=list)
+    num_preempted: int = 0
     scheduled: float | None = None
     first_token: float | None = None
     finish_reason: FinishReason | None = None
     decode_bytes: int = 0
+
+    @property
+    def choice(self) -> int:
+        return self.sampling.choice
 
     @property
     def num_tokens(self) -> int:
@@ -61,5 +95,24 @@ class Sequence:
             prefill_s=first_token - scheduled,
             decode_s=now - first_token,
             decode_tokens=max(0, self.num_answer_tokens - 1),
+            num_preempted=self.num_preempted,
             decode_bytes=self.decode_bytes,
         )
+
+
+class Chunk(NamedTuple):
+    """Tokens [start, end) of a request: one while it decodes, a part of its prompt before that."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    samples: bool
+    """No token is left after these, so the next one is sampled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    chunks: tuple[Chunk, ...]
+    """Decoding requests first, then parts of prompts."""
+    num_decoding: int
+    num_preempted: int

@@ -47,7 +47,7 @@ def build_engine(config: EngineConfig, *, wake: Callable[[], None] = lambda: Non
     block_size = HOST_BLOCK_SIZE if device.device.type == "cpu" else BLOCK_SIZE
     plan = _plan_pool(config, target, block_size)
     cache = _allocate(target, plan, block_size)
-    limits = {"max_num_seqs": config.max_num_seqs, "prefill_chunk": config.max_num_batched_tokens}
+    limits = {"max_num_seqs": config.max_num_seqs, "max_num_batched_tokens": config.max_num_batched_tokens}
     parts = Parts(
         ready=_describe(config, device, dtype, variants, plan, block_size),
         scheduler=Scheduler(BlockPool(plan.num_blocks), block_size=block_size, **limits),

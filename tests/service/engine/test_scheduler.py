@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from service.engine.blocks import BlockPool, blocks_for
 from service.engine.messages import SamplingParams
-from service.engine.scheduler import Chunk, Scheduler, Step
-from service.engine.sequence import Sequence
+from service.engine.scheduler import Scheduler
+from service.engine.sequence import Chunk, Sequence, Step
 
 BLOCK_SIZE = 4
 
@@ -30,7 +30,7 @@ def sequence(name: str, num_prompt: int, max_tokens: int, *, stop_token_ids: fro
 
 def scheduler(num_blocks: int = 64, *, max_num_seqs: int = 4, prefill_chunk: int = 8) -> Scheduler:
     pool = BlockPool(num_blocks + 1)
-    return Scheduler(pool, block_size=BLOCK_SIZE, max_num_seqs=max_num_seqs, prefill_chunk=prefill_chunk)
+    return Scheduler(pool, block_size=BLOCK_SIZE, max_num_seqs=max_num_seqs, max_num_batched_tokens=prefill_chunk)
 
 
 def run_step(subject: Scheduler, token: int = 7) -> tuple[Step, list[Sequence]]:
@@ -50,9 +50,8 @@ def test_a_long_prompt_is_computed_in_chunks_while_the_others_decode() -> None:
     chunks = []
     for _ in range(3):
         step, _ = run_step(subject)
-        assert names(step.decode) == ["short"]
-        assert step.prefill is not None
-        chunks.append((step.prefill.start, step.prefill.end, step.prefill.samples))
+        assert names(step.chunks) == ["short", "long"]
+        chunks.append(step.chunks[1][1:])
     assert chunks == [(0, 8, False), (8, 16, False), (16, 20, True)]
 
 
@@ -64,8 +63,7 @@ def test_no_more_than_max_num_seqs_run_and_the_oldest_go_first() -> None:
     while not subject.is_idle:
         step, _ = run_step(subject)
         assert len(step.chunks) <= 2
-        if step.prefill is not None:
-            started.append(step.prefill.sequence.request_id)
+        started += names(step.chunks[step.num_decoding :])
     assert started == ["0", "1", "2", "3"]
 
 
