@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from service.engine.messages import EngineReady, FinishReason, RequestTiming, StepStats
+from service.histogram import Histogram
 from service.jobs.job import Status
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -22,35 +23,22 @@ WINDOW_S = 10.0
 
 AbortCause = Literal["client", "engine", "shutdown", "error"]
 SwapResult = Literal["succeeded", "failed"]
-MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
+WaitReason = Literal["capacity", "deferred"]
+TokenSource = Literal["local_compute", "local_cache_hit"]
+MetricT = TypeVar("MetricT", Counter, Gauge)
+
+FINISHED: dict[AbortCause, str] = {"client": "abort", "engine": "error", "error": "error"}
+"""How an aborted answer is counted among the finished ones. What a shutdown cuts off is told as finished by itself."""
 
 TTFT = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
-    10,
-    20,
-    40,
-    80,
-    160,
-    640,
-    2560,
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
 )
 INTER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+SMALL_NUMBERS = (1, 2, 5, 10, 20)
+PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
 ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 
 
@@ -92,40 +80,61 @@ class Metrics:
 
     def _define_engine(self) -> None:
         self.running = self._vllm(Gauge, "num_requests_running", "Requests that the engine computes.")
-        self.waiting = self._vllm(Gauge, "num_requests_waiting", "Requests that wait for a place in the batch.")
+        self.waiting = self._vllm(Gauge, "num_requests_waiting", "Requests that wait to be computed.")
+        self.waiting_by_reason = self._vllm_by(
+            Gauge, "num_requests_waiting_by_reason", "The same, by what they wait for.", "reason", get_args(WaitReason)
+        )
         self.cache_usage = self._vllm(Gauge, "kv_cache_usage_perc", "Used share of the KV cache; 1 is all of it.")
         self.cache_config = Gauge(
-            "vllm:cache_config_info", "Size of the KV cache.", ["block_size", "num_gpu_blocks"], registry=self.registry
+            "vllm:cache_config_info",
+            "Size and form of the KV cache.",
+            [*self._labels, "block_size", "num_gpu_blocks", "cache_dtype", "enable_prefix_caching"],
+            registry=self.registry,
         )
+        self.prefix_queries = self._vllm(Counter, "prefix_cache_queries", "Prompt tokens that the cache was asked for.")
+        self.prefix_hits = self._vllm(Counter, "prefix_cache_hits", "Those that it had.")
         self.preemptions = self._vllm(Counter, "num_preemptions", "Requests put back for want of cache blocks.")
         self.read_bytes = self._vllm(Counter, "estimated_read_bytes_per_gpu", "Bytes that decoding read.")
-        self.iteration = self._vllm(
-            Histogram, "iteration_tokens_total", "Tokens per engine step, prompts included.", ITERATION_TOKENS
+        self.iteration = self._histogram(
+            "iteration_tokens_total", "Tokens per engine step, prompts included.", ITERATION_TOKENS
         )
 
     def _define_requests(self) -> None:
         self.prompt_tokens = self._vllm(Counter, "prompt_tokens", "Prompt tokens of requests that got a token.")
-        self.generation_tokens = self._vllm(Counter, "generation_tokens", "Generated tokens.")
-        self.success = Counter(
-            "vllm:request_success",
-            "Finished requests.",
-            [*self._labels, "finished_reason"],
-            registry=self.registry,
+        self.cached_tokens = self._vllm(Counter, "prompt_tokens_cached", "Those that were in the cache.")
+        self.prompt_sources = self._vllm_by(
+            Counter, "prompt_tokens_by_source", "The same, by where they came from.", "source", get_args(TokenSource)
         )
-        for reason in get_args(FinishReason):
-            self.success.labels(**self._labels, finished_reason=reason)
-        self.ttft = self._vllm(Histogram, "time_to_first_token_seconds", "Request to first token.", TTFT)
-        self.inter_token = self._vllm(Histogram, "inter_token_latency_seconds", "Token to next token.", INTER_TOKEN)
-        self.e2e = self._vllm(Histogram, "e2e_request_latency_seconds", "Request to last token.", LATENCY)
+        self.generation_tokens = self._vllm(Counter, "generation_tokens", "Generated tokens.")
+        self.success = self._vllm_by(
+            Counter, "request_success", "Finished requests.", "finished_reason", (*get_args(FinishReason), "error")
+        )
+        self.ttft = self._histogram("time_to_first_token_seconds", "Request to first token.", TTFT)
+        self.inter_token = self._histogram("inter_token_latency_seconds", "Token to next token.", INTER_TOKEN)
+        self.per_token = self._histogram(
+            "request_time_per_output_token_seconds", "Mean time between the tokens of a request.", INTER_TOKEN
+        )
+        self.e2e = self._histogram("e2e_request_latency_seconds", "Request to last token.", LATENCY)
         self.phases = {
-            name: self._vllm(Histogram, f"request_{name}_time_seconds", f"Time of the {name} phase.", LATENCY)
+            name: self._histogram(f"request_{name}_time_seconds", f"Time of the {name} phase.", LATENCY)
             for name in ("queue", "prefill", "decode", "inference")
         }
-        self.request_prompt = self._vllm(Histogram, "request_prompt_tokens", "Prompt tokens per request.", TOKENS)
-        self.request_generation = self._vllm(
-            Histogram, "request_generation_tokens", "Generated tokens per request.", TOKENS
+        self._define_sizes()
+
+    def _define_sizes(self) -> None:
+        self.request_prompt = self._histogram("request_prompt_tokens", "Prompt tokens per request.", TOKENS)
+        self.request_computed = self._histogram(
+            "request_prefill_kv_computed_tokens", "Prompt tokens per request that the cache did not have.", TOKENS
         )
-        self.max_tokens = self._vllm(Histogram, "request_params_max_tokens", "max_tokens of requests.", TOKENS)
+        self.request_generation = self._histogram("request_generation_tokens", "Generated tokens per request.", TOKENS)
+        self.longest = self._histogram(
+            "request_max_num_generation_tokens", "Tokens of the longest of the answers to one prompt.", TOKENS
+        )
+        self.max_tokens = self._histogram("request_params_max_tokens", "max_tokens of requests.", TOKENS)
+        self.params_n = self._histogram("request_params_n", "Answers asked for to one prompt.", SMALL_NUMBERS)
+        self.request_preemptions = self._histogram(
+            "request_num_preemptions", "How often a request was put back.", PREEMPTIONS
+        )
 
     def _define_ours(self) -> None:
         self._rate("decode_tokens_per_second", "Generated tokens per second of decoding.", self._decode.rate)
@@ -135,7 +144,9 @@ class Metrics:
         self.memory = self._ours(Gauge, "device_memory_bytes", "Device memory that the engine holds.")
         self.weights = self._ours(Gauge, "weights_info", "The served weights.", ["model", "weights_hash"])
         self.swaps = self._ours(Counter, "weights_swaps", "Changes of the served weights.", ["result"])
-        self.swap_seconds = self._ours(Histogram, "weights_swap_seconds", "Time of a change of weights.")
+        self.swap_seconds = Histogram(
+            "tuneserve:weights_swap_seconds", "Time of a change of weights.", TTFT, labels={}, registry=self.registry
+        )
         self.aborted = self._ours(Counter, "requests_aborted", "Requests that ended without an answer.", ["cause"])
         self.job_counts = self._ours(Gauge, "jobs", "Fine-tuning jobs.", ["status"])
         self.train_loss = self._ours(Gauge, "train_loss", "Loss of the newest training step.")
@@ -156,30 +167,47 @@ class Metrics:
         self._peak_bandwidth = ready.peak_bandwidth
         self._num_blocks = ready.num_blocks
         self.cache_config.clear()
-        self.cache_config.labels(ready.block_size, ready.num_blocks).set(1)
+        self.cache_config.labels(
+            **self._labels,
+            block_size=ready.block_size,
+            num_gpu_blocks=ready.num_blocks,
+            cache_dtype=ready.dtype,
+            enable_prefix_caching=True,
+        ).set(1)
 
     def engine_gone(self) -> None:
         """Nothing runs where there is no engine."""
-        for gauge in (self.running, self.waiting, self.cache_usage, self.memory):
+        for gauge in (
+            *(self.running, self.waiting, self.cache_usage, self.memory),
+            *self.waiting_by_reason.values(),
+        ):
             gauge.set(0)
 
     def step(self, stats: StepStats) -> None:
         self.running.set(stats.num_running)
         self.waiting.set(stats.num_waiting)
+        self.waiting_by_reason["capacity"].set(stats.num_waiting - stats.num_deferred)
+        self.waiting_by_reason["deferred"].set(stats.num_deferred)
         self.cache_usage.set(stats.used_blocks / self._num_blocks if self._num_blocks else 0)
         self.memory.set(stats.device_memory_bytes)
+        self.prefix_queries.inc(stats.num_prefix_queries)
+        self.prefix_hits.inc(stats.num_prefix_hits)
         self.preemptions.inc(stats.num_preempted)
         self.read_bytes.inc(stats.decode_bytes)
         self._decode.add(stats.decode_tokens, stats.decode_s)
         self._prefill.add(stats.prefill_tokens, stats.prefill_s)
         self._bytes.add(stats.decode_bytes, stats.decode_s)
-        if tokens := stats.prefill_tokens + stats.num_sampled:
+        if tokens := stats.prefill_tokens + stats.num_prefix_hits + stats.num_sampled:
             self.iteration.observe(tokens)
 
-    # ---- requests
+    # ---- requests: each of the n answers to a prompt is one
 
-    def first_token(self, prompt_tokens: int, seconds: float) -> None:
+    def first_token(self, prompt_tokens: int, seconds: float, *, cached_tokens: int = 0) -> None:
+        """Of one answer; `cached_tokens` of its prompt were not computed."""
         self.prompt_tokens.inc(prompt_tokens)
+        self.cached_tokens.inc(cached_tokens)
+        self.prompt_sources["local_cache_hit"].inc(cached_tokens)
+        self.prompt_sources["local_compute"].inc(prompt_tokens - cached_tokens)
         self.ttft.observe(seconds)
 
     def next_token(self, seconds: float) -> None:
@@ -194,20 +222,34 @@ class Metrics:
         max_tokens: int,
         seconds: float,
         timing: RequestTiming | None,
+        cached_tokens: int = 0,
     ) -> None:
-        self.success.labels(**self._labels, finished_reason=reason).inc()
+        self.success[reason].inc()
         self.request_prompt.observe(prompt_tokens)
+        self.request_computed.observe(prompt_tokens - cached_tokens)
         self.request_generation.observe(generated_tokens)
         self.max_tokens.observe(max_tokens)
         self.e2e.observe(seconds)
-        if timing is not None:
-            self.phases["queue"].observe(timing.queue_s)
-            self.phases["prefill"].observe(timing.prefill_s)
-            self.phases["decode"].observe(timing.decode_s)
-            self.phases["inference"].observe(timing.prefill_s + timing.decode_s)
+        if timing is None:
+            return
+        self.phases["queue"].observe(timing.queue_s)
+        self.phases["prefill"].observe(timing.prefill_s)
+        self.phases["decode"].observe(timing.decode_s)
+        self.phases["inference"].observe(timing.prefill_s + timing.decode_s)
+        self.request_preemptions.observe(timing.num_preempted)
+        if generated_tokens > 1:
+            self.per_token.observe(timing.decode_s / (generated_tokens - 1))
+
+    def prompt_finished(self, *, n: int, longest_answer: int) -> None:
+        """All `n` answers to a prompt are complete; the longest has so many tokens."""
+        self.params_n.observe(n)
+        self.longest.observe(longest_answer)
 
     def request_aborted(self, cause: AbortCause) -> None:
+        """An answer ended without being complete, in whichever phase it was."""
         self.aborted.labels(cause).inc()
+        if (reason := FINISHED.get(cause)) is not None:
+            self.success[reason].inc()
 
     # ---- jobs and weights
 
@@ -235,12 +277,17 @@ class Metrics:
 
     # ---- how they are made
 
-    def _vllm(
-        self, kind: type[MetricT], name: str, documentation: str, buckets: tuple[float, ...] | None = None
-    ) -> MetricT:
-        options: dict[str, Any] = {} if buckets is None else {"buckets": buckets}
-        metric = kind(f"vllm:{name}", documentation, list(self._labels), registry=self.registry, **options)
-        return metric.labels(**self._labels)
+    def _vllm(self, kind: type[MetricT], name: str, documentation: str) -> MetricT:
+        return kind(f"vllm:{name}", documentation, list(self._labels), registry=self.registry).labels(**self._labels)
+
+    def _vllm_by(
+        self, kind: type[MetricT], name: str, documentation: str, label: str, values: Sequence[str]
+    ) -> dict[str, MetricT]:
+        metric = kind(f"vllm:{name}", documentation, [*self._labels, label], registry=self.registry)
+        return {value: metric.labels(**self._labels, **{label: value}) for value in values}
+
+    def _histogram(self, name: str, documentation: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(f"vllm:{name}", documentation, buckets, labels=self._labels, registry=self.registry)
 
     def _ours(self, kind: type[MetricT], name: str, documentation: str, labels: list[str] | None = None) -> MetricT:
         return kind(f"tuneserve:{name}", documentation, labels or [], registry=self.registry)

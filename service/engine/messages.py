@@ -211,6 +211,7 @@ class RequestTiming(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class StepStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     num_running: int
     num_waiting: int
+    """Those that wait for weights or for a grammar included."""
     used_blocks: int
     prefill_tokens: int
     prefill_s: float
@@ -219,6 +220,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     decode_bytes: int
     device_memory_bytes: int
     num_preempted: int = 0
+    num_deferred: int = 0
+    """Those that wait for something else than a place in the batch: weights, a grammar."""
     num_sampled: int = 0
     """Tokens generated in this step: one for each decoding request, and one where a prefill ended."""
     num_prefix_queries: int = 0

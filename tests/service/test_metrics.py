@@ -1,9 +1,12 @@
 from __future__ import annotations
 
-import pytest
+from typing import get_args
 
-from service.engine.messages import StepStats
-from service.metrics import WINDOW_S, Metrics, Rates
+import pytest
+from msgspec.structs import replace
+
+from service.engine.messages import RequestTiming, StepStats
+from service.metrics import WINDOW_S, AbortCause, Metrics, Rates
 from tests.support.scripted_engine import READY
 
 LABELS = {"model_name": "m", "engine": "0"}
@@ -71,6 +74,74 @@ def test_iteration_tokens_count_prompts_and_generated_tokens(metrics: Metrics) -
     metrics.step(stats())  # an abort, which computes nothing
     assert value(metrics, "vllm:iteration_tokens_total_sum", LABELS) == 20 + 3
     assert value(metrics, "vllm:iteration_tokens_total_count", LABELS) == 4
+
+
+def test_iteration_tokens_count_what_the_cache_had(metrics: Metrics) -> None:
+    metrics.step(stats(num_prefix_queries=20, num_prefix_hits=16, prefill_tokens=4, num_sampled=1))
+    assert value(metrics, "vllm:iteration_tokens_total_sum", LABELS) == 20 + 1
+    assert value(metrics, "vllm:prefix_cache_queries_total", LABELS) == 20
+    assert value(metrics, "vllm:prefix_cache_hits_total", LABELS) == 16
+
+
+def test_waiting_requests_are_told_by_what_they_wait_for(metrics: Metrics) -> None:
+    metrics.step(stats(num_waiting=5, num_deferred=2))
+    by_reason = {
+        reason: value(metrics, "vllm:num_requests_waiting_by_reason", {**LABELS, "reason": reason})
+        for reason in ("capacity", "deferred")
+    }
+    assert by_reason == {"capacity": 3, "deferred": 2}
+    metrics.engine_gone()
+    assert value(metrics, "vllm:num_requests_waiting_by_reason", {**LABELS, "reason": "deferred"}) == 0
+
+
+def test_the_form_of_the_cache_is_told_once_whatever_engine_comes(metrics: Metrics) -> None:
+    metrics.engine_ready(replace(READY, num_blocks=7))
+    lines = [line for line in metrics.render().decode().splitlines() if line.startswith("vllm:cache_config_info")]
+    labels = 'block_size="16",cache_dtype="fp32",enable_prefix_caching="True",engine="0",model_name="m"'
+    assert lines == [f'vllm:cache_config_info{{{labels},num_gpu_blocks="7"}} 1.0']
+
+
+def test_prompt_tokens_are_told_by_where_they_came_from(metrics: Metrics) -> None:
+    metrics.first_token(10, 0.5, cached_tokens=8)
+    metrics.first_token(10, 0.5)
+    assert value(metrics, "vllm:prompt_tokens_total", LABELS) == 20
+    assert value(metrics, "vllm:prompt_tokens_cached_total", LABELS) == 8
+    for source, tokens in (("local_cache_hit", 8), ("local_compute", 12)):
+        assert value(metrics, "vllm:prompt_tokens_by_source_total", {**LABELS, "source": source}) == tokens
+
+
+def test_a_finished_request_is_told_with_its_times_and_sizes(metrics: Metrics) -> None:
+    timing = RequestTiming(queue_s=1.0, prefill_s=2.0, decode_s=3.0, decode_tokens=6, num_preempted=2, decode_bytes=0)
+    metrics.request_finished(
+        "length", prompt_tokens=10, cached_tokens=8, generated_tokens=7, max_tokens=7, seconds=6.5, timing=timing
+    )
+    expected = {
+        "request_queue_time_seconds": 1.0, "request_prefill_time_seconds": 2.0, "request_decode_time_seconds": 3.0,
+        "request_inference_time_seconds": 5.0, "request_time_per_output_token_seconds": 0.5,
+        "e2e_request_latency_seconds": 6.5, "request_prompt_tokens": 10, "request_prefill_kv_computed_tokens": 2,
+        "request_generation_tokens": 7, "request_params_max_tokens": 7, "request_num_preemptions": 2,
+    }  # fmt: skip
+    assert {name: value(metrics, f"vllm:{name}_sum", LABELS) for name in expected} == expected
+    assert value(metrics, "vllm:request_success_total", {**LABELS, "finished_reason": "length"}) == 1
+
+
+def test_one_prompt_is_one_whatever_number_of_answers_it_has(metrics: Metrics) -> None:
+    metrics.prompt_finished(n=3, longest_answer=20)
+    assert value(metrics, "vllm:request_params_n_count", LABELS) == 1
+    assert value(metrics, "vllm:request_params_n_sum", LABELS) == 3
+    assert value(metrics, "vllm:request_max_num_generation_tokens_sum", LABELS) == 20
+
+
+def test_aborted_requests_are_counted_by_cause_and_among_the_finished(metrics: Metrics) -> None:
+    metrics.request_aborted("client")
+    metrics.request_aborted("engine")
+    metrics.request_aborted("error")
+    metrics.request_aborted("shutdown")  # which request_finished tells as well
+    assert [value(metrics, "tuneserve:requests_aborted_total", {"cause": cause}) for cause in get_args(AbortCause)] == [
+        1, 1, 1, 1,
+    ]  # fmt: skip
+    assert value(metrics, "vllm:request_success_total", {**LABELS, "finished_reason": "abort"}) == 1
+    assert value(metrics, "vllm:request_success_total", {**LABELS, "finished_reason": "error"}) == 2
 
 
 def test_jobs_and_training_steps_are_told(metrics: Metrics) -> None:
