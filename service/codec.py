@@ -10,6 +10,7 @@ from pathlib import Path
 from lm.config import load_config
 from lm.errors import UserError
 from lm.template import ChatTemplate, load_template
+from lm.token_bytes import TokenBytes, token_bytes
 from lm.tokenizer import Tokenizer, load_tokenizer
 
 LONG_TEXT = 8192  # characters; what takes longer than a millisecond leaves the event loop to others
@@ -21,6 +22,7 @@ class Codec:
 
     tokenizer: Tokenizer
     template: ChatTemplate
+    token_bytes: TokenBytes
     vocab_size: int
     """Rows of the model's embedding: ids in a request must lie below."""
 
@@ -48,5 +50,8 @@ def load_codec(folder: Path) -> Codec:
     """Raises UserError when the tokenizer, the template or the config of a model folder cannot be used."""
     tokenizer = load_tokenizer(folder)
     return Codec(
-        tokenizer=tokenizer, template=load_template(folder, tokenizer), vocab_size=load_config(folder).vocab_size
+        tokenizer=tokenizer,
+        template=load_template(folder, tokenizer),
+        token_bytes=token_bytes(tokenizer),
+        vocab_size=load_config(folder).vocab_size,
     )
