@@ -24,7 +24,7 @@ from lm.folder import publish
 from lm.layout import ORIGINAL, config_name, has_safetensors, warn_of_unread
 from lm.model import CausalLM
 from lm.pickled_weights import open_pickled, read_pickled
-from lm.template import OWN_PLACES, find_template
+from lm.template import OWN_PLACES, TOOL_TEMPLATE_FILE, find_template
 from lm.tokenizer import load_tokenizer
 from lm.weight_files import INDEX_FILE, SINGLE_FILE, validate_checkpoint
 
@@ -51,6 +51,8 @@ COMPANIONS = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    TOOL_TEMPLATE_FILE,
+    ORIGINAL_TOKENIZER,
     "LICENSE",
 )
 """What makes weights a model that others can use; copied from the base where it has it."""
@@ -148,10 +150,8 @@ def _check_tied_head(model: CausalLM, head: Tensor, folder: Path) -> None:
 def _copy_companions(source: Path, folder: Path) -> None:
     for name in COMPANIONS:
         if (source / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
-    if (source / ORIGINAL_TOKENIZER).is_file():
-        (folder / ORIGINAL_TOKENIZER).parent.mkdir()
-        shutil.copyfile(source / ORIGINAL_TOKENIZER, folder / ORIGINAL_TOKENIZER)
 
 
 def _write_tokenizer(source: Path, folder: Path, config: ModelConfig, file: Path | None) -> None:

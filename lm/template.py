@@ -1,64 +1,91 @@
 """Chat messages to text and token ids through the model's own Jinja template. Torch-free.
 
-Rendering equals transformers' `apply_chat_template`. Templates come with downloaded models, so they run in Jinja's
-sandbox and the size of what they write is bounded. Serving and training use the same path: the tokens that are
+Rendering equals transformers' `apply_chat_template`. Serving and training use the same path: the tokens that are
 trained are the difference between a rendered conversation and its own prompts.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, TypedDict, Unpack
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lm.default_templates import choose_default
 from lm.errors import UserError
+from lm.jinja_template import JinjaTemplate, compile_template
+from lm.messages import Message, check_messages, template_messages
 from lm.tokenizer import FILES, Tokenizer, load_tokenizer, model_config
-from lm.tokenizer_settings import read_json
+from lm.tokenizer_settings import SPECIAL_TOKENS, read_json
 
 log = logging.getLogger(__name__)
 
-Message = Mapping[str, str]
-"""`role` (system, user or assistant) and `content`."""
-
-ROLES = ("system", "user", "assistant")
-MAX_RENDERED_CHARS = 16 << 20
 OWN_PLACES = ("chat_template.jinja", "tokenizer_config.json")
 """Where a model's own template stands."""
+TOOL_TEMPLATE_FILE = "additional_chat_templates/tool_use.jinja"
+"""Beside chat_template.jinja: the one for conversations with tools, where a model has two."""
+OPEN_END = "CONTINUE_FINAL_MESSAGE_TAG "
+"""Marks in the rendered text where the last message ends; transformers' own."""
+RESERVED = (
+    *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"),
+    *("tokenize", "strftime_now", "raise_exception", *SPECIAL_TOKENS),
+)
+"""Variables of a template that a request does not set by name."""
+MAX_VARIABLES = 64
+MAX_VARIABLE_DEPTH = 8
+MAX_VARIABLE_SIZE = 1 << 16
+"""Characters of all names and texts, and one for each other value."""
+
+
+class RenderOptions(TypedDict, total=False):
+    """How a conversation becomes a prompt. The first one or the second one must be there."""
+
+    add_generation_prompt: bool
+    """End where the answer of the assistant begins."""
+    continue_final_message: bool
+    """End where the last message ends, without what would close it, so that the answer goes on with it."""
+    tools: Sequence[Mapping[str, Any]] | None
+    """Functions that the answer may call, in OpenAI's form."""
+    variables: Mapping[str, Any]
+    """More variables for the template, such as `enable_thinking`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatTemplate:
     """A compiled template with the tokenizer it writes for."""
 
-    template: jinja2.Template
+    default: JinjaTemplate
+    tool_use: JinjaTemplate
+    """The one for conversations with tools; that of a model with one template is the same."""
     tokenizer: Tokenizer
-    origin: str
-    """Which file the template came from, or which default it is, for people."""
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The conversation as text; with `add_generation_prompt` it ends where the answer of the assistant begins.
+    @property
+    def origin(self) -> str:
+        """Which file the template came from, or which default it is, for people."""
+        return self.default.origin
 
-        Raises UserError (param `messages...`) for malformed messages and for those that the template refuses.
+    def render(self, messages: Sequence[Message], **options: Unpack[RenderOptions]) -> str:
+        """The conversation as text.
+
+        Raises UserError (param `messages...`) for malformed messages and for those that the template refuses, and
+        (param `chat_template_kwargs...`, `continue_final_message`) for options that cannot be.
         """
-        check_messages(messages)
-        return self._render(messages, add_generation_prompt=add_generation_prompt, now=datetime.now())
+        check_messages(messages, with_tools=True)
+        if not options.get("continue_final_message"):
+            return self._render(messages, now=datetime.now(), **options)
+        if options.get("add_generation_prompt"):
+            reason = "add_generation_prompt begins a new message: set one of the two"
+            raise UserError(f"continue_final_message: {reason}", param="continue_final_message")
+        return self._render_open(messages, **options)
 
-    def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+    def encode(self, messages: Sequence[Message], **options: Unpack[RenderOptions]) -> list[int]:
         """Token ids of `render`. The template writes the BOS itself where the model wants one."""
-        text = self.render(messages, add_generation_prompt=add_generation_prompt)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode(self.render(messages, **options), add_special_tokens=False)
 
     def encode_with_mask(self, messages: Sequence[Message], *, train_on_input: bool) -> tuple[list[int], list[bool]]:
         """Token ids of a whole conversation, and for each whether its prediction is trained.
@@ -106,44 +133,65 @@ class ChatTemplate:
         eos = [position for position in range(first, last) if ids[position] in self.tokenizer.eos_token_ids]
         return range(first, eos[-1] + 1 if eos else last)
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool, now: datetime) -> str:
-        pieces = self.template.generate(
-            **self.tokenizer.special_tokens,
-            messages=[dict(message) for message in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            strftime_now=now.strftime,
+    def _render_open(self, messages: Sequence[Message], **options: Unpack[RenderOptions]) -> str:
+        """Cut behind the last message's content, by transformers' rule: white space there stays if the template
+        keeps it.
+        """
+        *before, last = messages
+        content = last.get("content")
+        if content is None:
+            raise _not_continued("the last message has no content to go on with")
+        marked = {**last, "content": content + OPEN_END}
+        text = self._render([*before, marked], now=datetime.now(), **options)
+        end = text.rfind(OPEN_END.strip())
+        if end < 0 or content.strip() not in text:
+            raise _not_continued(f"the chat template ({self.origin}) does not show the whole last message")
+        return text[:end] if text.startswith(OPEN_END, end) else text[:end].rstrip()
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        *,
+        now: datetime,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,  # seen to by the caller
+    ) -> str:
+        if variables:
+            _check_variables(variables)
+        template = self.default if tools is None else self.tool_use
+        return template.render(
+            {
+                **self.tokenizer.special_tokens,
+                **(variables or {}),
+                "messages": template_messages(messages),
+                "tools": None if tools is None else list(tools),
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                "strftime_now": now.strftime,
+            }
         )
-        text: list[str] = []
-        size = 0
-        try:
-            while size <= MAX_RENDERED_CHARS and (piece := next(pieces, None)) is not None:
-                text.append(piece)
-                size += len(piece)
-        except Exception as error:  # a template is a program: it can raise anything
-            reason = f"messages: the chat template ({self.origin}) refuses them: {error}"
-            raise UserError(reason, param="messages") from error
-        if size > MAX_RENDERED_CHARS:
-            limit = f"over {MAX_RENDERED_CHARS} characters"
-            raise UserError(f"messages: the chat template ({self.origin}) makes {limit} of them", param="messages")
-        return "".join(text)
+
+
+def _not_continued(reason: str) -> UserError:
+    return UserError(f"continue_final_message: {reason}; remove it", param="continue_final_message")
 
 
 def load_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
     """The chat template of a model folder, as `find_template` finds it. The log mentions a default one.
 
-    Raises UserError when the template is not valid Jinja, or when there are several and none is named `default`.
+    A second one for conversations with tools is named `tool_use`, in tokenizer_config.json or as TOOL_TEMPLATE_FILE.
+    Raises UserError when a template is not valid Jinja, or when there are several and none is named `default`.
     """
     source, origin = find_template(folder, tokenizer)
     if origin not in OWN_PLACES:
         log.warning("%s has no chat template: messages are written with %s", folder, origin)
-    try:
-        template = _environment().from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        reason = f"the chat template in {folder} ({origin}) is not valid Jinja: line {error.lineno}: {error.message}"
-        raise UserError(reason, param="model") from error
-    return ChatTemplate(template=template, tokenizer=tokenizer, origin=origin)
+    default = _compiled(source, origin, folder)
+    tool_use = _find_tool_template(folder, origin)
+    return ChatTemplate(
+        default=default, tool_use=_compiled(*tool_use, folder) if tool_use else default, tokenizer=tokenizer
+    )
 
 
 def find_template(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[str, str]:
@@ -154,83 +202,72 @@ def find_template(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[str
     """
     path = folder / "chat_template.jinja"
     if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8"), path.name
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8: {error}", param="model") from error
-    if (source := _configured_template(folder)) is not None:
-        return source, "tokenizer_config.json"
+        return _read(path), path.name
+    configured = _configured_templates(folder)
+    if "default" in configured:
+        return configured["default"], "tokenizer_config.json"
+    if configured:
+        known = f"found {sorted(map(str, configured))}"
+        raise UserError(f"{folder} has several chat templates and none is named default ({known})", param="model")
     if tokenizer is None and any((folder / name).is_file() for name in FILES):
         tokenizer = load_tokenizer(folder)
     return choose_default(model_config(folder).get("model_type"), tokenizer)
 
 
-def _configured_template(folder: Path) -> str | None:
+def _find_tool_template(folder: Path, origin: str) -> tuple[str, str] | None:
+    """As transformers finds it: beside the template that comes from `origin`."""
+    if origin == "chat_template.jinja" and (path := folder / TOOL_TEMPLATE_FILE).is_file():
+        return _read(path), TOOL_TEMPLATE_FILE
+    configured = _configured_templates(folder) if origin == "tokenizer_config.json" else {}
+    return (configured["tool_use"], f"{origin}, tool_use") if "tool_use" in configured else None
+
+
+def _configured_templates(folder: Path) -> dict[Any, str]:
+    """Those of tokenizer_config.json by name; a single one is the `default`."""
     entry = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(entry, list):
-        entry = {named.get("name"): named.get("template") for named in entry if isinstance(named, dict)}
-        if "default" not in entry:
-            known = f"found {sorted(map(str, entry))}"
-            raise UserError(f"{folder} has several chat templates and none is named default ({known})", param="model")
-        entry = entry["default"]
-    return entry if isinstance(entry, str) else None
+        named = {one.get("name"): one.get("template") for one in entry if isinstance(one, dict)}
+        return {name: source for name, source in named.items() if isinstance(source, str)}
+    return {"default": entry} if isinstance(entry, str) else {}
 
 
-def check_messages(messages: Any) -> None:
-    """Raise UserError, with the index of the message at fault, unless `messages` is a non-empty list of messages."""
-    if not isinstance(messages, list | tuple) or not messages:
-        raise UserError(f"messages: must be a list of at least one message (got {messages!r:.80})", param="messages")
-    for index, message in enumerate(messages):
-        _check_message(message, f"messages[{index}]")
+def _compiled(source: str, origin: str, folder: Path) -> JinjaTemplate:
+    try:
+        return compile_template(source, origin)
+    except jinja2.TemplateSyntaxError as error:
+        reason = f"the chat template in {folder} ({origin}) is not valid Jinja: line {error.lineno}: {error.message}"
+        raise UserError(reason, param="model") from error
 
 
-def _check_message(message: Any, where: str) -> None:
-    if not isinstance(message, Mapping):
-        raise UserError(f"{where}: must be an object with role and content (got {message!r:.80})", param=where)
-    for field in ("role", "content"):
-        if not isinstance(message.get(field), str):
-            got = f"got {message[field]!r:.80}" if field in message else "it is missing"
-            raise UserError(f"{where}.{field}: must be a string ({got})", param=f"{where}.{field}")
-    if message["role"] not in ROLES:
-        reason = f"must be one of {', '.join(ROLES)} (got {message['role']!r:.80})"
-        raise UserError(f"{where}.role: {reason}", param=f"{where}.role")
-    if unknown := sorted(str(field) for field in message if field not in ("role", "content")):
-        raise UserError(f"{where}.{unknown[0]}: unknown field; a message has role and content", param=where)
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}", param="model") from error
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as transformers sets it up for chat templates (`_compile_jinja_template`)."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    return environment
+def _check_variables(variables: Mapping[str, Any]) -> None:
+    """Raise UserError unless they are a few plain values under names that are free."""
+    size = sum(_size_of(value, f"chat_template_kwargs.{name}") + len(name) for name, value in variables.items())
+    if len(variables) > MAX_VARIABLES or size > MAX_VARIABLE_SIZE:
+        limit = f"at most {MAX_VARIABLES} variables of {MAX_VARIABLE_SIZE} characters in all"
+        raise UserError(f"chat_template_kwargs: {limit} (got {len(variables)} of {size})", param="chat_template_kwargs")
+    for name in variables:
+        reason = "the service sets this variable itself; remove it" if name in RESERVED else None
+        if not (name.isascii() and name.isidentifier()):
+            reason = "is no name of a variable: take letters, digits and _"
+        if reason is not None:
+            raise UserError(f"chat_template_kwargs.{name:.80}: {reason}", param="chat_template_kwargs")
 
 
-class _GenerationBlock(Extension):
-    """`{% generation %}` marks what the assistant wrote; it renders as its body."""
-
-    tags = {"generation"}  # noqa: RUF012 - Jinja declares it as an instance attribute
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+def _size_of(value: Any, where: str, depth: int = 0) -> int:
+    if depth > MAX_VARIABLE_DEPTH:
+        raise UserError(f"{where:.80}: nested deeper than {MAX_VARIABLE_DEPTH}", param="chat_template_kwargs")
+    if isinstance(value, Mapping):
+        return sum(len(name) + 1 + _size_of(item, where, depth + 1) for name, item in value.items())
+    if isinstance(value, list):
+        return sum(1 + _size_of(item, where, depth + 1) for item in value)
+    return len(value) if isinstance(value, str) else 1
 
 
 def _shared(left: str, right: str) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lm.config import load_config
 from lm.errors import UserError
-from lm.template import ChatTemplate, load_template
+from lm.messages import Message
+from lm.template import ChatTemplate, RenderOptions, load_template
 from lm.token_bytes import TokenBytes, token_bytes
 from lm.tokenizer import Tokenizer, load_tokenizer
 
+BEGIN_ANSWER: RenderOptions = {"add_generation_prompt": True}
 LONG_TEXT = 8192  # characters; what takes longer than a millisecond leaves the event loop to others
 
 
@@ -26,17 +28,17 @@ class Codec:
     vocab_size: int
     """Rows of the model's embedding: ids in a request must lie below."""
 
-    async def encode(self, text: str) -> list[int]:
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Raises UserError for text that is not Unicode."""
         if len(text) < LONG_TEXT:
-            return self.tokenizer.encode(text)
-        return await asyncio.to_thread(self.tokenizer.encode, text)
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Raises UserError for messages that the template refuses."""
-        if sum(len(message["content"]) for message in messages) < LONG_TEXT:
-            return self.template.encode(messages, add_generation_prompt=True)
-        return await asyncio.to_thread(self.template.encode, messages, add_generation_prompt=True)
+    async def encode_chat(self, messages: Sequence[Message], options: RenderOptions = BEGIN_ANSWER) -> list[int]:
+        """Raises UserError for messages and options that the template refuses."""
+        if not options.get("tools") and sum(len(message.get("content") or "") for message in messages) < LONG_TEXT:
+            return self.template.encode(messages, **options)
+        return await asyncio.to_thread(self.template.encode, messages, **options)
 
     def check_ids(self, ids: Sequence[int]) -> list[int]:
         """Raises UserError for an id that the model does not have."""

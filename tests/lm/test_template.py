@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from lm.errors import UserError
-from lm.template import MAX_RENDERED_CHARS, ChatTemplate, load_template
+from lm.jinja_template import MAX_RENDERED_CHARS
+from lm.template import ChatTemplate, load_template
 from lm.tokenizer import load_tokenizer
 from tests.support.texts import random_contents
 from tests.support.tiny_tokenizers import STYLES, write_json, write_tokenizer
@@ -113,7 +114,7 @@ def test_a_template_in_tokenizer_config_is_used_where_there_is_no_file_of_its_ow
         ("hello", "messages", r"must be a list of at least one message \(got 'hello'\)"),
         ([USER, "hello"], "messages[1]", r"messages\[1\]: must be an object"),
         ([USER, {"content": "x"}], "messages[1].role", r"messages\[1\]\.role: must be a string \(it is missing\)"),
-        ([{"role": "robot", "content": "x"}], "messages[0].role", r"one of system, user, assistant \(got 'robot'\)"),
+        ([{"role": "robot", "content": "x"}], "messages[0].role", r"one of system, user, assistant.* \(got 'robot'\)"),
         ([{"role": "user", "content": None}], "messages[0].content", r"must be a string \(got None\)"),
         ([{"role": "user"}], "messages[0].content", r"messages\[0\]\.content: must be a string \(it is missing\)"),
         ([USER | {"weight": 1}], "messages[0]", r"messages\[0\]\.weight: unknown field"),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lm.errors import UserError
-from lm.template import check_messages
+from lm.messages import check_messages
 from trainer.data.errors import DataError, kind, quoted
 from trainer.data.options import FORMAT_COLUMNS, ReadOptions
 
