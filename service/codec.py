@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 from lm.config import load_config
 from lm.errors import UserError
@@ -14,7 +15,6 @@ from lm.template import ChatTemplate, RenderOptions, load_template
 from lm.token_bytes import TokenBytes, token_bytes
 from lm.tokenizer import Tokenizer, load_tokenizer
 
-BEGIN_ANSWER: RenderOptions = {"add_generation_prompt": True}
 LONG_TEXT = 8192  # characters; what takes longer than a millisecond leaves the event loop to others
 
 
@@ -34,8 +34,12 @@ class Codec:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
-    async def encode_chat(self, messages: Sequence[Message], options: RenderOptions = BEGIN_ANSWER) -> list[int]:
-        """Raises UserError for messages and options that the template refuses."""
+    async def encode_chat(self, messages: Sequence[Message], **options: Unpack[RenderOptions]) -> list[int]:
+        """Raises UserError for messages and options that the template refuses. The prompt ends where an answer begins,
+        unless they say otherwise.
+        """
+        if not options.get("continue_final_message"):
+            options.setdefault("add_generation_prompt", True)
         if not options.get("tools") and sum(len(message.get("content") or "") for message in messages) < LONG_TEXT:
             return self.template.encode(messages, **options)
         return await asyncio.to_thread(self.template.encode, messages, **options)
