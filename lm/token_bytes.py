@@ -26,6 +26,8 @@ class TokenBytes:
     backend: Backend
     spelled: Mapping[int, str]
     """Tokens that stand for their own text."""
+    special: frozenset[int]
+    """Tokens that are no text, and are left out of it unless they are asked for."""
     is_byte_level: bool
     known: dict[int, bytes] = field(default_factory=dict)
 
@@ -54,10 +56,12 @@ class TokenBytes:
 def token_bytes(tokenizer: Tokenizer) -> TokenBytes:
     backend = tokenizer.backend
     if isinstance(backend, SentencePieceBackend):
-        return TokenBytes(backend, backend.added, is_byte_level=False)
+        return TokenBytes(backend, backend.added, backend.special - {backend.unknown}, is_byte_level=False)
     assert isinstance(backend, TokenizersBackend)
-    spelled = {token_id: token.content for token_id, token in backend.inner.get_added_tokens_decoder().items()}
-    return TokenBytes(backend, spelled, is_byte_level=_is_byte_level(backend))
+    added = backend.inner.get_added_tokens_decoder()
+    spelled = {token_id: token.content for token_id, token in added.items()}
+    special = frozenset(token_id for token_id, token in added.items() if token.special)
+    return TokenBytes(backend, spelled, special, is_byte_level=_is_byte_level(backend))
 
 
 def _is_byte_level(backend: TokenizersBackend) -> bool:

@@ -2,64 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
 
 from lm.errors import UserError
+from lm.messages import Message
+from lm.template import RenderOptions
+from lm.tokenizer import Tokenizer
 from service.codec import Codec
 from service.engine.messages import EngineReady, SamplingParams
 from service.errors import ApiError
 from service.generation import Ask
-from service.schemas.requests import Sampling
+from service.schemas.fields import MAX_ANSWERS
+from service.schemas.requests import BaseSampling
 
 GREEDY_BELOW = 1e-5  # a smaller temperature overflows what it divides
 
-Prompt = str | tuple[int, ...] | list[Mapping[str, str]]
-"""Text, token ids, or the messages of a conversation."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """A conversation, and how it is rendered."""
+
+    messages: Sequence[Message]
+    options: RenderOptions = field(default_factory=RenderOptions)
+
+
+Prompt = str | tuple[int, ...] | Chat
+"""Text, token ids, or a conversation."""
 
 
 async def ask(
     codec: Codec,
     engine: EngineReady,
     prompts: Sequence[Prompt],
-    options: Sampling,
+    options: BaseSampling,
     *,
     max_tokens: int | None,
     default_max_tokens: int | None = None,
     param: str,
+    grammar: str | None = None,
+    add_special_tokens: bool = True,
 ) -> list[Ask]:
     """One for each prompt. Without a default, `max_tokens` None is the rest of the context.
 
     `param` is the field that the prompts stand in. Raises UserError and ApiError: 400 for what cannot be served.
     """
+    if len(prompts) * options.num_made > MAX_ANSWERS:
+        message = (
+            f"{param}: {len(prompts)} x {options.num_made} answers are more than {MAX_ANSWERS}: send fewer at once"
+        )
+        raise UserError(message, param=param)
+    for name in ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "tools"):
+        if getattr(options, name, None):
+            raise UserError(f"{name}: not supported yet", param=name)
+    form = getattr(options, "response_format", None)
+    if form is not None and form.type != "text":
+        raise UserError("response_format: other types than text are not supported yet", param="response_format")
+    shared = _sampling(codec, options, grammar)
     asks = []
     for prompt in prompts:
-        prompt_ids = await _encode(codec, prompt, param)
-        room = _room(len(prompt_ids), max_tokens, engine.max_model_len, param)
-        limit = max_tokens or min(room, default_max_tokens or room)
-        sampling = _sampling(options, limit, codec.tokenizer.eos_token_ids)
-        asks.append(Ask(prompt_ids=prompt_ids, sampling=sampling, stop=options.stop))
+        prompt_ids = await _encode(codec, prompt, param, add_special_tokens=add_special_tokens)
+        limit = _limit(len(prompt_ids), max_tokens, default_max_tokens, engine.max_model_len, param)
+        if shared.min_tokens > limit:
+            reason = f"min_tokens: {shared.min_tokens} are more than the {limit} that the answer may have at most"
+            raise UserError(reason, param="min_tokens")
+        asks.append(
+            Ask(
+                prompt_ids=prompt_ids,
+                sampling=msgspec.structs.replace(shared, max_tokens=limit),
+                n=options.num_made,
+                stop=options.stop,
+                stop_token_ids=tuple(options.stop_token_ids or ()),
+                include_stop=bool(options.include_stop_str_in_output),
+                skip_special_tokens=options.skip_special_tokens is not False,
+                prompt_text=prompt if isinstance(prompt, str) else None,
+            )
+        )
     return asks
 
 
-async def _encode(codec: Codec, prompt: Prompt, param: str) -> list[int]:
+async def _encode(codec: Codec, prompt: Prompt, param: str, *, add_special_tokens: bool) -> list[int]:
     try:
         if isinstance(prompt, str):
-            ids = await codec.encode(prompt)
+            ids = await codec.encode(prompt, add_special_tokens=add_special_tokens)
         elif isinstance(prompt, tuple):
             ids = codec.check_ids(prompt)
         else:
-            ids = await codec.encode_chat(prompt)
+            ids = await codec.encode_chat(prompt.messages, **prompt.options)
     except UserError as error:
-        message = str(error)
-        message = message if message.startswith(param) else f"{param}: {message}"
-        raise UserError(message, param=error.param or param) from error
+        if error.param is not None:
+            raise
+        raise UserError(f"{param}: {error}", param=param) from error
     if not ids:
         raise UserError(f"{param}: it is empty, and the model needs a token to start from", param=param)
     return ids
 
 
-def _room(num_prompt: int, max_tokens: int | None, context: int, param: str) -> int:
-    """How many tokens could be generated. Raises ApiError when prompt and answer do not fit into the context."""
+def _limit(num_prompt: int, max_tokens: int | None, default: int | None, context: int, param: str) -> int:
+    """How many tokens are generated at most. Raises ApiError when prompt and answer do not fit into the context."""
     room = context - num_prompt
     if room < 1:
         raise ApiError(
@@ -76,20 +118,64 @@ def _room(num_prompt: int, max_tokens: int | None, context: int, param: str) -> 
             param="max_tokens",
             code="context_length_exceeded",
         )
-    return room
+    return min(room, default or room) if max_tokens is None else max_tokens
 
 
-def _sampling(options: Sampling, max_tokens: int, eos_token_ids: tuple[int, ...]) -> SamplingParams:
-    """The tokenizer's end tokens end an answer beside those of the checkpoint's config: training teaches the former."""
-    temperature = options.default_temperature if options.temperature is None else options.temperature
-    top_p = 1.0 if options.top_p is None else options.top_p
+def _sampling(codec: Codec, options: BaseSampling, grammar: str | None) -> SamplingParams:
+    """All but `max_tokens`. The tokenizer's end tokens end an answer beside those of the checkpoint's config: training
+    teaches the former."""
+    temperature = _or(options.temperature, options.default_temperature)
+    top_p = _or(options.top_p, 1.0)
     greedy = temperature < GREEDY_BELOW or top_p == 0
+    ends = () if options.ignore_eos else codec.tokenizer.eos_token_ids
+    stops = _known(codec, "stop_token_ids", options.stop_token_ids or ())
+    allowed = options.allowed_token_ids
+    biases = options.logit_bias or {}
+    _known(codec, "logit_bias", biases)
+    is_ranked = options.num_made > options.num_returned
     return SamplingParams(
-        max_tokens=max_tokens,
+        max_tokens=0,
+        min_tokens=options.min_tokens or 0,
         temperature=0.0 if greedy else temperature,
         top_p=top_p or 1.0,
         top_k=max(0, options.top_k or 0),
+        min_p=options.min_p or 0.0,
+        presence_penalty=options.presence_penalty or 0.0,
+        frequency_penalty=options.frequency_penalty or 0.0,
+        repetition_penalty=_or(options.repetition_penalty, 1.0),
+        logit_bias=biases,
         seed=options.seed,
         ignore_eos=bool(options.ignore_eos),
-        stop_token_ids=() if options.ignore_eos else eos_token_ids,
+        stop_token_ids=tuple(dict.fromkeys((*ends, *stops))),
+        bad_words=_bad_words(codec.tokenizer, options.bad_words or ()),
+        allowed_token_ids=None if allowed is None else _known(codec, "allowed_token_ids", allowed),
+        logprobs=0 if is_ranked and options.num_logprobs is None else options.num_logprobs,
+        prompt_logprobs=options.num_prompt_logprobs,
+        grammar=grammar,
     )
+
+
+def _known(codec: Codec, param: str, ids: Iterable[int]) -> tuple[int, ...]:
+    """The token ids in the field `param`, each once. Raises UserError for one that the model does not have."""
+    try:
+        return tuple(codec.check_ids(list(dict.fromkeys(ids))))
+    except UserError as error:
+        raise UserError(f"{param}: {error}", param=param) from error
+
+
+def _bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Each word as it is written at the start of a text and behind a space, as vLLM takes them."""
+    found: dict[tuple[int, ...], None] = {}
+    for index, word in enumerate(words):
+        try:
+            alone, behind = (tokenizer.encode(space + word, add_special_tokens=False) for space in ("", " "))
+        except UserError as error:
+            raise UserError(f"bad_words.{index}: {error}", param="bad_words") from error
+        found[tuple(alone)] = None
+        if behind[-len(alone) :] != alone:  # else it is found already
+            found[tuple(behind)] = None
+    return tuple(found)
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from typing import Any
+import math
+from collections.abc import AsyncGenerator, Sequence
+from itertools import groupby
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from lm.errors import UserError
 from service.asking import ask
-from service.generation import Piece
+from service.generation import Answer
 from service.routes.replies import STREAMED, Reply, chunks, new_reply
+from service.routes.text_choices import TextChoices
 from service.schemas.answers import Completion, CompletionChoice
 from service.schemas.requests import CompletionRequest
 from service.services import ServicesDep
@@ -25,6 +28,8 @@ router = APIRouter(tags=["OpenAI"])
 @router.post("/v1/completions", response_model=Completion, responses=STREAMED)
 async def create_completion(body: CompletionRequest, request: Request, services: ServicesDep) -> Completion | Response:
     """Continue one or more prompts."""
+    if body.max_tokens == 0 and not body.echo:
+        raise UserError("max_tokens: 0 makes no answer; it is allowed with echo: true only", param="max_tokens")
     asks = await ask(
         services.codec,
         services.generator.ready_engine(),
@@ -33,31 +38,42 @@ async def create_completion(body: CompletionRequest, request: Request, services:
         max_tokens=body.max_tokens,
         default_max_tokens=DEFAULT_MAX_TOKENS,
         param="prompt",
+        add_special_tokens=body.add_special_tokens is not False,
     )
-    answers = services.generator.answers_for(asks)
-    reply = new_reply(services, request, answers, model=body.model, prefix="cmpl")
+    reply = new_reply(services, request, services.generator.answers_for(asks), model=body.model, prefix="cmpl")
+    choices = TextChoices(services.codec, body)
     if body.stream:
-        return await event_stream(request.receive, _events(reply, body))
+        return await event_stream(request.receive, _events(reply, body, choices))
     texts = await unless_gone(request.receive, reply.texts())
-    return Completion(**reply.head(KIND), choices=whole_choices(reply, texts), usage=reply.usage())
+    return Completion(
+        **reply.head(KIND),
+        choices=whole_choices(choices, reply.answers, texts, body.num_returned),
+        usage=reply.usage(),
+    )
 
 
-def whole_choices(reply: Reply, texts: list[str]) -> list[CompletionChoice]:
-    return [
-        CompletionChoice(index=answer.index, text=text, finish_reason=answer.outcome, stop_reason=answer.stop_reason)
-        for answer, text in zip(reply.answers, texts, strict=True)
+def whole_choices(
+    choices: TextChoices, answers: Sequence[Answer], texts: Sequence[str], num_returned: int
+) -> list[CompletionChoice]:
+    """Of each prompt's answers the best `num_returned`."""
+    chosen = [
+        answer
+        for _, to_one_prompt in groupby(answers, key=lambda answer: answer.prompt_index)
+        for answer in _best(list(to_one_prompt), num_returned)
     ]
+    return [choices.whole(answer, texts[answer.index], index) for index, answer in enumerate(chosen)]
 
 
-def chunk_choices(piece: Piece) -> list[dict[str, Any]]:
-    """Text and finish reason together, as OpenAI's legacy stream has them."""
-    choice = {"index": piece.answer.index, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}
-    if piece.finish_reason is not None:
-        choice["stop_reason"] = piece.answer.stop_reason
-    return [choice]
+def _best(answers: list[Answer], number: int) -> list[Answer]:
+    """Those whose tokens are likeliest on average, the best one first; all as they are where none is too many."""
+    return answers if len(answers) <= number else sorted(answers, key=_mean_logprob, reverse=True)[:number]
 
 
-async def _events(reply: Reply, body: CompletionRequest) -> AsyncGenerator[bytes]:
-    async for item in chunks(reply, KIND, body.stream_options, chunk_choices):
+def _mean_logprob(answer: Answer) -> float:
+    return math.fsum(item.logprob for item in answer.logprobs) / max(1, len(answer.logprobs))
+
+
+async def _events(reply: Reply, body: CompletionRequest, choices: TextChoices) -> AsyncGenerator[bytes]:
+    async for item in chunks(reply, KIND, body.stream_options, choices):
         yield item
     yield DONE

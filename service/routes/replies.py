@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from fastapi import Request
 
 from service.generation import Answer, Piece
-from service.schemas.answers import Usage
+from service.schemas.answers import PromptTokensDetails, Usage
 from service.schemas.requests import StreamOptions
 from service.services import Services
 from service.sse import event
@@ -20,6 +21,11 @@ STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer, or its events"}
 }
 """What a route's documentation says beside its JSON answer."""
+
+encode = msgspec.json.Encoder().encode
+
+Choices = Callable[[Piece], Iterable[bytes]]
+"""The choices that tell a piece, as JSON; each goes into a chunk of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,12 +36,11 @@ class Reply:
     created: int
     services: Services
     answers: list[Answer]
-    pieces: AsyncGenerator[list[Piece]]
+    batches: AsyncGenerator[list[Piece]]
 
     def head(self, kind: str) -> dict[str, Any]:
         """What every form of the answer begins with. Known once the first piece is there."""
-        entry = self.answers[0].entry
-        assert entry is not None
+        entry = next(answer.entry for answer in self.answers if answer.entry is not None)
         return {
             "id": self.id,
             "object": kind,
@@ -52,13 +57,22 @@ class Reply:
     def usage(self) -> Usage:
         prompt = self.num_prompt_tokens
         completion = sum(answer.num_tokens for answer in self.answers)
-        return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+        cached: dict[int, int] = {}
+        for answer in self.answers:  # a further answer finds what the first one computed
+            before = cached.get(answer.prompt_index, answer.num_cached_tokens)
+            cached[answer.prompt_index] = min(before, answer.num_cached_tokens)
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(cached.values())),
+        )
 
     async def texts(self) -> list[str]:
         """The whole texts, by index."""
         parts: list[list[str]] = [[] for _ in self.answers]
-        async with aclosing(self.pieces):
-            async for batch in self.pieces:
+        async with aclosing(self.batches):
+            async for batch in self.batches:
                 for piece in batch:
                     parts[piece.answer.index].append(piece.text)
         return ["".join(part) for part in parts]
@@ -70,40 +84,63 @@ def new_reply(services: Services, request: Request, answers: list[Answer], *, mo
         created=int(time.time()),
         services=services,
         answers=answers,
-        pieces=services.generator.run(model, answers),
+        batches=services.generator.run(model, answers),
     )
 
 
-async def chunks(
-    reply: Reply, kind: str, options: StreamOptions | None, choices: Callable[[Piece], list[dict[str, Any]]]
-) -> AsyncGenerator[bytes]:
-    """The events of a stream, with each of a piece's `choices` in a chunk of its own; then the usage if asked for.
+async def chunks(reply: Reply, kind: str, options: StreamOptions | None, choices: Choices) -> AsyncGenerator[bytes]:
+    """The events of a stream; then the usage if asked for. What came together goes out together.
 
     [DONE] is left to the caller, who may have more to say.
     """
     options = options or StreamOptions()
-    prompt_tokens = reply.num_prompt_tokens
-    num_tokens = [0] * len(reply.answers)
-    async with aclosing(reply.pieces):
-        async for batch in reply.pieces:
-            events = []
+    tail = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"
+    head = b""
+    so_far = _UsageSoFar(reply.num_prompt_tokens)
+    async with aclosing(reply.batches):
+        async for batch in reply.batches:
+            head = head or b"data: " + encode(reply.head(kind))[:-1] + b',"choices":['
+            parts: list[bytes] = []
             for piece in batch:
-                num_tokens[piece.answer.index] = piece.num_tokens
+                if options.continuous_usage_stats:
+                    tail = so_far.tail(piece)
                 for choice in choices(piece):
-                    chunk = {**reply.head(kind), "choices": [choice]}
-                    if options.continuous_usage_stats:
-                        chunk["usage"] = _usage_so_far(prompt_tokens, sum(num_tokens))
-                    elif options.include_usage:
-                        chunk["usage"] = None
-                    events.append(event(chunk))
-            yield b"".join(events)
+                    parts += (head, choice, tail)
+            if parts:
+                yield b"".join(parts)
     if options.include_usage:
         yield event(last_chunk(reply, kind))
+
+
+def whole_piece(answer: Answer, text: str) -> Piece:
+    """A complete answer as one piece."""
+    return Piece(
+        answer=answer,
+        text=text,
+        token_ids=tuple(answer.token_ids),
+        logprobs=tuple(answer.logprobs),
+        num_tokens=answer.num_tokens,
+        finish_reason=answer.finish_reason,
+    )
 
 
 def last_chunk(reply: Reply, kind: str) -> dict[str, Any]:
     return {**reply.head(kind), "choices": [], "usage": reply.usage().model_dump()}
 
 
-def _usage_so_far(prompt: int, completion: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+class _UsageSoFar:
+    def __init__(self, num_prompt_tokens: int) -> None:
+        self._prompt = num_prompt_tokens
+        self._total = num_prompt_tokens
+        self._told: dict[int, int] = {}
+
+    def tail(self, piece: Piece) -> bytes:
+        """The end of a chunk that tells `piece`."""
+        index = piece.answer.index
+        self._total += piece.num_tokens - self._told.get(index, 0)
+        self._told[index] = piece.num_tokens
+        return b'],"usage":{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}}\n\n' % (
+            self._prompt,
+            self._total - self._prompt,
+            self._total,
+        )

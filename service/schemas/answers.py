@@ -2,36 +2,84 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 
 
 class Answer(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+IfAsked = Field(exclude_if=_is_none)
+"""Of a field that is not there unless the request asks for it."""
+
+
+class PromptTokensDetails(Answer):
+    cached_tokens: int
+    """Ids that were not computed again, since an earlier request began with them."""
+
+
+class CompletionTokensDetails(Answer):
+    reasoning_tokens: int = 0
+
+
 class Usage(Answer):
     prompt_tokens: int
-    """Ids that the model was given."""
+    """Ids that the model was given; each prompt counts once, however many answers it gets."""
     completion_tokens: int
-    """Ids that it generated, the one that ended the answer included."""
+    """Ids that it generated, those that ended the answers included."""
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails()
 
 
 class Choice(Answer):
     index: int
     finish_reason: FinishReason
-    """`stop`: the model or a stop string ended it. `length`: max_tokens. `abort`: the service was stopped."""
+    """`stop`: the model or a stop string ended it. `length`: max_tokens. `tool_calls`: it ends with calls. `abort`: the
+    service was stopped."""
     stop_reason: str | int | None
     """The stop string that was found, or the id among the request's stop_token_ids."""
-    logprobs: None = None
+    prompt_logprobs: Annotated[list[dict[str, dict[str, Any]] | None] | None, IfAsked] = None
+    """For each token of the prompt but the first: id -> logprob, rank and decoded_token."""
+    prompt_token_ids: Annotated[list[int] | None, IfAsked] = None
+    token_ids: Annotated[list[int] | None, IfAsked] = None
+
+
+class FunctionCall(Answer):
+    name: str
+    arguments: str
+    """A JSON object, as text."""
+
+
+class ToolCall(Answer):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class TextLogprobs(Answer):
+    """For each token. With `echo` the prompt's tokens come first, and the first of them has none."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    """The likeliest tokens and the token itself, by their text."""
+    text_offset: list[int]
+    """Where in the text the token begins."""
 
 
 class CompletionChoice(Choice):
     text: str
+    logprobs: TextLogprobs | None = None
+    tool_calls: Annotated[list[ToolCall] | None, IfAsked] = None
 
 
 class Completion(Answer):
@@ -78,12 +126,31 @@ class GenerateAnswer(Completion):
 
 class ChatMessage(Answer):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    """Null where the answer is nothing but calls."""
+    refusal: None = None
+    tool_calls: Annotated[list[ToolCall] | None, IfAsked] = None
+
+
+class TopLogprob(Answer):
+    token: str
+    logprob: float
+    bytes: list[int]
+    """Of the token in UTF-8; several tokens together may make a character."""
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Answer):
+    content: list[TokenLogprob]
     refusal: None = None
 
 
 class ChatChoice(Choice):
     message: ChatMessage
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletion(Answer):

@@ -6,7 +6,15 @@ import asyncio
 import json
 from pathlib import Path
 
-from service.engine.messages import AddRequest, EngineReady, LoadModel, ModelLoaded, RequestTiming, TokenOutput
+from service.engine.messages import (
+    AddRequest,
+    EngineReady,
+    LoadModel,
+    Logprobs,
+    ModelLoaded,
+    RequestTiming,
+    TokenOutput,
+)
 from service.engine_client import EngineClient, EngineUnavailable, ModelUnavailable, TokenStream
 from service.engine_stream import Outputs
 from tests.support.tiny_tokenizers import write_tokenizer
@@ -40,6 +48,7 @@ class ScriptedEngine(EngineClient):
     """After so many tokens a request goes on forever, without a further token."""
     dies_after: int | None = None
     dies_at_abort: bool = False
+    num_cached_tokens: int = 0
     weights_leave: int = 0
     """So many requests find that their weights have just left the engine."""
 
@@ -85,10 +94,13 @@ class ScriptedEngine(EngineClient):
 
     async def _play(self, request: AddRequest, outputs: Outputs) -> None:
         tokens = self.answer if request.sampling.ignore_eos else (*self.answer, self.eos)
+        tokens = _until_stopped(tokens, request.sampling.stop_token_ids)
         if self.weights_leave:
             self.weights_leave -= 1
             outputs.put_nowait(ModelUnavailable("not loaded"))
             tokens = ()
+        elif request.sampling.max_tokens == 0:
+            outputs.put_nowait(_only_the_prompt(request))
         for number, token_id in enumerate(tokens[: request.sampling.max_tokens]):
             await asyncio.sleep(0)
             if number == self.stays_after:
@@ -101,16 +113,50 @@ class ScriptedEngine(EngineClient):
         self.running.discard(request.request_id)
 
     def _output(self, request: AddRequest, token_id: int, number: int, num_tokens: int) -> TokenOutput:
-        stops = token_id == self.eos and not request.sampling.ignore_eos
-        is_last = stops or number == min(num_tokens, request.sampling.max_tokens)
+        sampling = request.sampling
+        stops = token_id in sampling.stop_token_ids
+        is_last = stops or number == min(num_tokens, sampling.max_tokens)
         timing = RequestTiming(queue_s=0.0, prefill_s=0.5, decode_s=2.0, decode_tokens=number - 1, decode_bytes=10**9)
         return TokenOutput(
             request_id=request.request_id,
             token_ids=(token_id,),
+            logprobs=() if sampling.logprobs is None else (logprobs_of(token_id, sampling.logprobs),),
+            prompt_logprobs=_of_the_prompt(request) if number == 1 else (),
+            num_cached_tokens=self.num_cached_tokens if number == 1 else None,
             finish_reason=("stop" if stops else "length") if is_last else None,
             stop_token_id=token_id if stops else None,
             timing=timing if is_last else None,
         )
+
+
+def logprobs_of(token_id: int, num_top: int) -> Logprobs:
+    """A token is the second likeliest, behind the one before it; further ones follow."""
+    top_ids = (token_id - 1, *range(token_id, token_id + num_top))[:num_top]
+    top = tuple(-0.5 * rank for rank in range(1, num_top + 1))
+    return Logprobs(logprob=-1.0, top_ids=top_ids, top_logprobs=top, rank=2)
+
+
+def _of_the_prompt(request: AddRequest) -> tuple[Logprobs, ...]:
+    if (num_top := request.sampling.prompt_logprobs) is None:
+        return ()
+    return tuple(logprobs_of(token_id, num_top) for token_id in request.prompt_ids[1:])
+
+
+def _only_the_prompt(request: AddRequest) -> TokenOutput:
+    timing = RequestTiming(queue_s=0.0, prefill_s=0.5, decode_s=0.0, decode_tokens=0, decode_bytes=0)
+    return TokenOutput(
+        request_id=request.request_id,
+        token_ids=(),
+        prompt_logprobs=_of_the_prompt(request),
+        num_cached_tokens=0,
+        finish_reason="length",
+        timing=timing,
+    )
+
+
+def _until_stopped(tokens: tuple[int, ...], stop_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    stops = (place for place, token_id in enumerate(tokens, start=1) if token_id in stop_token_ids)
+    return tokens[: next(stops, len(tokens))]
 
 
 def write_model_without_weights(folder: Path) -> None:

@@ -86,7 +86,7 @@ def test_the_defaults_are_greedy_and_long_enough_for_an_answer(api: Api) -> None
     ("body", "param", "words"),
     [({}, "prompt", "neither is given"),
      ({"prompt": "a", "messages": HI}, "prompt", "both are given"),
-     ({"prompt": ["a"]}, "prompt", "valid string"),
+     ({"prompt": {"a": 1}}, "prompt", "must be a text"),
      ({"prompt": "a", "max_tokens": 0}, "max_tokens", "greater than or equal to 1 (got 0)"),
      ({"prompt": "a", "max_tokens": "8"}, "max_tokens", "valid integer (got '8')"),
      ({"prompt": "a", "temprature": 1}, "temprature", "did you mean temperature?"),
