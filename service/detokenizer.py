@@ -90,7 +90,7 @@ class StopFinder:
             end, start, self.found = min(ends)
             self.held = ""
             return text[: end if self.include else start]
-        keep = max((_overlap(text, stop) for stop in self.stop), default=0)
+        keep = max((overlap(text, stop) for stop in self.stop), default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -100,7 +100,7 @@ class StopFinder:
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest proper beginning of `stop` with which `text` ends."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:size]):
