@@ -1,0 +1,124 @@
+"""What the tools of a request mean for its prompt, its sampling and its answer, decided once before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lm.errors import UserError
+from lm.messages import Message
+from lm.template import ChatTemplate
+from service.schemas.messages import Function, NamedToolChoice, Tool
+from service.tools.formats import HERMES, ToolFormat, find_format
+from service.tools.grammar import MAX_CALLS, calls_grammar
+from service.tools.parser import ToolParser
+from service.tools.prompt import described_messages, native_messages, shown_tools
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolPlan:
+    template: ChatTemplate
+    native_format: ToolFormat | None
+    """In which the template writes calls; None where it cannot."""
+    tools: Sequence[dict[str, Any]]
+    """Shown to the model, in OpenAI's form."""
+    names: frozenset[str]
+    """Functions that the answer may call."""
+    grammar: str | None = None
+    """Of an answer that must call."""
+    max_calls: int | None = None
+    is_named: bool = False
+    """The request names the function that is called."""
+    skip_special_tokens: bool = True
+    """False where special tokens mark the calls: the text of the answer is needed with them."""
+
+    @property
+    def may_call(self) -> bool:
+        return bool(self.names)
+
+    @property
+    def template_tools(self) -> Sequence[dict[str, Any]] | None:
+        """The `tools` of RenderOptions."""
+        return self.tools if self.tools and self.native_format is not None else None
+
+    def messages(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """As the template takes them. Raises UserError for calls whose arguments are no JSON object."""
+        has_tools = self.tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+        if not has_tools:
+            return messages
+        if self.native_format is not None:
+            return native_messages(messages, self.native_format, self.template)
+        return described_messages(messages, self.tools, self.template)
+
+    def parser(self) -> ToolParser:
+        """For one answer."""
+        format = (self.native_format or HERMES).name if self.may_call else None
+        return ToolParser(format, self.names, self.max_calls)
+
+    def finish_reason(self, reason: str, num_calls: int) -> str:
+        """As OpenAI has it: `tool_calls` for an answer that ended with calls, but `stop` where the function was named."""
+        return "tool_calls" if reason == "stop" and num_calls and not self.is_named else reason
+
+
+def plan_tools(
+    tools: Sequence[Tool] | None,
+    tool_choice: str | NamedToolChoice | None,
+    parallel_tool_calls: bool | None,
+    template: ChatTemplate,
+) -> ToolPlan:
+    """Raises UserError naming the field: tools that are not unique or whose parameters are no object, a choice among
+    tools that are not there.
+    """
+    functions = _checked([tool.function for tool in tools or ()])
+    callable_ = _chosen(functions, tool_choice)
+    native_format = find_format(template)
+    format = native_format or HERMES
+    special_tokens = format.special_tokens(template.tokenizer) if callable_ else {}
+    is_named = isinstance(tool_choice, NamedToolChoice)
+    max_calls = 1 if is_named or parallel_tool_calls is False else None
+    grammar = None
+    if is_named or tool_choice == "required":
+        grammar = calls_grammar(format, callable_, max_calls=max_calls or MAX_CALLS, special_tokens=special_tokens)
+    return ToolPlan(
+        template=template,
+        native_format=native_format,
+        tools=shown_tools(functions) if callable_ else (),
+        names=frozenset(function.name for function in callable_),
+        grammar=grammar,
+        max_calls=max_calls,
+        is_named=is_named,
+        skip_special_tokens=not special_tokens,
+    )
+
+
+def _checked(functions: Sequence[Function]) -> Sequence[Function]:
+    seen: set[str] = set()
+    for index, function in enumerate(functions):
+        where = f"tools.{index}.function"
+        if function.name in seen:
+            raise UserError(f"{where}.name: {function.name!r} is there twice; names must differ", param=f"{where}.name")
+        seen.add(function.name)
+        kind = (function.parameters or {}).get("type", "object")
+        if kind != "object":
+            reason = f"must be a JSON schema of type object (got type {kind!r:.80})"
+            raise UserError(f"{where}.parameters: {reason}", param=f"{where}.parameters")
+    return functions
+
+
+def _chosen(functions: Sequence[Function], tool_choice: str | NamedToolChoice | None) -> Sequence[Function]:
+    """Those that the answer may call."""
+    if tool_choice == "none":
+        return ()
+    if tool_choice not in (None, "auto") and not functions:
+        raise UserError(
+            "tool_choice: there are no tools to choose from; send tools, or leave it out", param="tool_choice"
+        )
+    if not isinstance(tool_choice, NamedToolChoice):
+        return functions
+    name = tool_choice.function.name
+    chosen = [function for function in functions if function.name == name]
+    if not chosen:
+        known = ", ".join(function.name for function in functions)[:200]
+        raise UserError(f"tool_choice: {name!r:.80} is none of the tools ({known})", param="tool_choice")
+    return chosen
