@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from service import __version__
 from service.api_document import openapi_document
+from service.auth import Authentication
 from service.errors import install_error_handlers
 from service.middleware import BodyLimit, RequestId
 from service.routes import chat, checkpoints, completions, files, finetune, generate, health, models
@@ -53,6 +54,8 @@ def create_app(settings: Settings, *, compose: Compose = running_services) -> Fa
     install_error_handlers(app)
     app.add_exception_handler(ClientGone, _client_gone)
     app.add_middleware(BodyLimit, limit=settings.max_body_size, larger={"/v1/files": settings.max_upload_size})
+    if settings.api_keys:
+        app.add_middleware(Authentication, keys=settings.api_keys)
     app.add_middleware(RequestId)
     app.openapi = lambda: openapi_document(app)  # type: ignore[method-assign]
     return app

@@ -19,7 +19,7 @@ from service.pull import MODELS, pull_any
 from service.run_command import run_recipe
 from service.run_config import plan_generation, print_notes
 from service.server import serve
-from service.settings import Settings, load_settings
+from service.settings import PREFIX, SECRETS, Settings, load_settings
 from service.shipped import find_config
 from trainer.config import ConfigLoader
 from trainer.torchtune import GENERATE, RECIPES
@@ -113,6 +113,8 @@ def _serve(options: argparse.Namespace, rest: list[str]) -> int:
     overrides = parse_overrides([*options.overrides, *rest])
     config = None if options.config is None else find_config(options.config)
     settings = load_settings(config, overrides, os.environ)
+    for name in SECRETS:
+        os.environ.pop(f"{PREFIX}{name.upper()}", None)  # the engine and the trainers need none
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     return serve(settings)
 
@@ -188,7 +190,7 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
     for word in words:
         key, _, text = word.partition("=")
         try:
-            overrides[key] = yaml.load(text, Loader=ConfigLoader)
+            overrides[key] = text if key in SECRETS else yaml.load(text, Loader=ConfigLoader)
         except yaml.YAMLError as error:
             raise UserError(f"{key}: {text!r} cannot be read: {error}", param=key) from error
     return overrides

@@ -1,10 +1,11 @@
-"""ASGI middleware: request ids and the limit on bodies.
+"""ASGI middleware: request ids and the limits on bodies.
 
 Plain ASGI, since Starlette's BaseHTTPMiddleware hides a client's disconnect from the route.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import ApiError, error_response
 
+STALLED_S = 60.0
+"""How long a client may be silent in the middle of a body."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -43,12 +46,16 @@ class RequestId:
 
 @dataclass(slots=True)
 class BodyLimit:
-    """Refuses a larger body with 413, on the length it announces or else once it has grown past the limit."""
+    """Refuses a larger body with 413, on the length it announces or else once it has grown past the limit.
+
+    One that stops in the middle is a 408.
+    """
 
     app: ASGIApp
     limit: int
     larger: Mapping[str, int] = field(default_factory=dict)
     """Path -> its own limit."""
+    stalled_s: float = STALLED_S
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,11 +63,17 @@ class BodyLimit:
             return
         limit = self.larger.get(scope["path"], self.limit)
         received = 0
+        is_complete = False
 
         async def receive_limited() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, is_complete
+            try:
+                async with asyncio.timeout(None if is_complete else self.stalled_s):
+                    message = await receive()
+            except TimeoutError:
+                raise _stalled(self.stalled_s) from None
             received += len(message.get("body", b""))
+            is_complete = not message.get("more_body", False)
             if received > limit:
                 raise _too_large(limit)
             return message
@@ -70,6 +83,10 @@ class BodyLimit:
             await error_response(Request(scope), _too_large(limit))(scope, receive, send)
         else:
             await self.app(scope, receive_limited, send)
+
+
+def _stalled(seconds: float) -> ApiError:
+    return ApiError(408, f"nothing of the body came for {seconds:g} seconds: send it again", code="body_timeout")
 
 
 def _too_large(limit: int) -> ApiError:

@@ -128,6 +128,7 @@ def _engine_config(settings: Settings) -> EngineConfig:
         base_dir=str(settings.model_dir),
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
         kv_cache_bytes=settings.kv_cache_memory,
         swap=settings.swap,
         num_threads=settings.num_threads,

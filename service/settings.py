@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field
 from lm.errors import UserError
 from lm.folder import user_path
 from lm.layout import is_model_folder
+from service.api_keys import ApiKeys, read_key_file
 from service.database import registered_folder
 from trainer.config import ConfigLoader, Strict, parse_options, read_config
 
@@ -21,6 +22,8 @@ PREFIX = "TUNESERVE_"
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 BINARY_UNITS = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+SECRETS = ("api_keys",)
+"""Settings whose text is taken as it stands, so that no mistake in reading it is shown."""
 DEVICE = r"^(auto|cpu|(cuda|npu)(:\d+)?)$"
 
 
@@ -47,6 +50,11 @@ class Settings(Strict):
     """Models, data sets, runs and uploads."""
     state_dir: Annotated[Path | None, Field(strict=False)] = None
     """Where the database lives; must be a local disk. Default: `state` in home."""
+    api_keys: ApiKeys = ()
+    """With keys, every request but for health, readiness, metrics, version and docs must show one. Better than on the command
+    line, which others on the machine can read, they stand in TUNESERVE_API_KEYS, with commas between them, or in `api_key_file`."""
+    api_key_file: Annotated[Path | None, Field(strict=False)] = None
+    """A file with further keys, one a line."""
     model: str = "smollm2-135m-instruct"
     """The base model that is served and fine-tuned: a name in `models` of home or one registered with POST /models, or the path of a
     Hugging Face folder."""
@@ -69,6 +77,9 @@ class Settings(Strict):
     """Requests that decode in one batch; more wait."""
     max_queued_requests: Annotated[int, Field(ge=0, le=100_000)] = 256
     """Requests that may wait; more get 429."""
+    max_num_batched_tokens: Annotated[int, Field(ge=1, le=1_048_576)] = 256
+    """Tokens that one step of the engine computes: one for each answer under way, the rest for prompts. A smaller number
+    makes answers flow more evenly while long prompts are read, a larger one reads them faster."""
     kv_cache_memory: Size | None = None
     """Memory of the key/value cache, in bytes or as 2GiB. Default: the engine chooses from what is free."""
     max_loaded_models: Annotated[int, Field(ge=1, le=64)] = 2
@@ -146,10 +157,12 @@ def load_settings(
     """
     data = {**(read_config(config) if config else {}), **_from_environment(environ or {}), **(overrides or {})}
     settings = parse_options(Settings, data)
+    key_file = settings.api_key_file and user_path(settings.api_key_file)
     return settings.model_copy(
         update={
             "home": user_path(settings.home).resolve(),
             "state_dir": settings.state_dir and user_path(settings.state_dir).resolve(),
+            "api_keys": (*settings.api_keys, *(read_key_file(key_file) if key_file else ())),
         }
     )
 
@@ -160,7 +173,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _scalar(name: str, text: str) -> Any:
-    if Settings.model_fields[name].annotation is str:
+    if Settings.model_fields[name].annotation is str or name in SECRETS:
         return text
     try:
         return yaml.load(text, Loader=ConfigLoader)

@@ -28,6 +28,10 @@ DEFAULT_MIN_STEPS = 48
 DEFAULT_LEARNING_RATE: dict[Recipe, float] = {"full": 1e-4, "lora": 5e-4}
 
 
+SECRET = "secret"
+"""Type of the mistakes in a field whose value no message shows."""
+
+
 class Strict(BaseModel):
     """No unknown field is dropped in silence, and nothing is converted: "4" and true are no numbers."""
 
@@ -222,7 +226,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     message = message[:1].lower() + message[1:]
     if first["type"] == "missing":
         return f"{field}: this field is required"
-    return f"{field}: {message} (got {first['input']!r:.200})"
+    return f"{field}: {message}" + ("" if first["type"] == SECRET else f" (got {first['input']!r:.200})")
 
 
 def known_fields(model: type[BaseModel], location: tuple[str | int, ...]) -> str:

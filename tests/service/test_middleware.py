@@ -16,7 +16,7 @@ from service.middleware import BodyLimit, RequestId
 def app() -> FastAPI:
     app = FastAPI()
     install_error_handlers(app)
-    app.add_middleware(BodyLimit, limit=100, larger={"/file": 1000})
+    app.add_middleware(BodyLimit, limit=100, larger={"/file": 1000}, stalled_s=0.1)
     app.add_middleware(RequestId)
 
     @app.post("/json")
@@ -26,6 +26,12 @@ def app() -> FastAPI:
     @app.post("/file")
     async def take_file(file: UploadFile) -> int:
         return len(await file.read())
+
+    @app.post("/slow")
+    async def answer_slowly(body: dict[str, Any], request: Request) -> str:
+        gone = asyncio.create_task(request.receive())
+        await asyncio.sleep(0.3)
+        return "gone" if gone.done() else "still there"
 
     return app
 
@@ -67,6 +73,20 @@ def test_a_body_up_to_the_limit_passes_and_a_larger_one_is_a_413(app: FastAPI, a
 def test_an_upload_has_a_limit_of_its_own(app: FastAPI) -> None:
     assert post(app, "/file", files={"file": b"x" * 500}).json() == 500
     assert post(app, "/file", files={"file": b"x" * 1000}).status_code == 413
+
+
+def test_a_body_that_stops_in_the_middle_is_a_408(app: FastAPI) -> None:
+    async def stalling() -> AsyncIterator[bytes]:
+        yield b'{"a": '
+        await asyncio.sleep(5)
+
+    answer = post(app, "/json", content=stalling(), headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (408, "body_timeout")
+    assert answer.headers["X-Request-Id"]
+
+
+def test_an_answer_may_take_longer_than_a_body(app: FastAPI) -> None:
+    assert post(app, "/slow", json={}).json() == "still there"
 
 
 def test_a_plain_request_id_is_kept(app: FastAPI) -> None:
