@@ -29,7 +29,7 @@ def app() -> FastAPI:
 
     @app.post("/slow")
     async def answer_slowly(body: dict[str, Any], request: Request) -> str:
-        gone = asyncio.create_task(request.receive())
+        gone = asyncio.ensure_future(request.receive())
         await asyncio.sleep(0.3)
         return "gone" if gone.done() else "still there"
 
