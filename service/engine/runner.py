@@ -1,42 +1,38 @@
 """Runs the model over the chunks of a step and samples. The only part of the engine that computes on the device.
 
-A step is one upload of int32 words, the forwards, the sampler, and one download of the sampled ids; nothing between
-waits for the device. Shapes are padded to a few sizes, so that each could be captured as a graph.
-Legend: B rows, T tokens a row, M blocks a row.
+A step is one upload of int32 words, the forwards, the sampler, and one download of the sampled ids with whatever log
+probabilities are asked for; nothing between waits for the device. Only a step with a grammar uploads a second time: its
+masks, which are filled while the device computes the forwards. Shapes are padded to a few sizes, so that each could be
+captured as a graph.
+
+What happens on the host before: `service.engine.batch`. Legend: B rows, T tokens a row, S rows that sample.
 """
 
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from itertools import pairwise, repeat
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lm.cache import KVCache, PagedBatch
 from lm.model import CausalLM
-from service.engine.blocks import blocks_for
+from service.engine.batch import Batch, Sizes, following_tokens, group, plan_batch
+from service.engine.logprobs import pack_logprobs, pack_prompt_logprobs, unpack_logprobs
+from service.engine.masks import MaskFiller
 from service.engine.messages import Logprobs
-from service.engine.sampler import SamplingInputs, plan_sampling, sample, uniform
+from service.engine.rows import Rows, Words
+from service.engine.sampler import EditInputs, MaskInputs, SamplingInputs, edit, mask, sample
 from service.engine.sequence import Chunk
+from service.engine.step_input import StepInput
+from service.engine.words import Buffer, Sections
 
-Words = NDArray[np.int32]
-ArrayT = TypeVar("ArrayT")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forward:
-    """Chunks that go through one set of weights together: one token of each, or one chunk of several tokens."""
-
-    model: CausalLM
-    chunks: tuple[Chunk, ...]
+FIRST_BUFFER_WORDS = 1 << 16
 
 
 class ForwardFigures(NamedTuple):
@@ -66,46 +62,23 @@ class Output:
     forwards: list[ForwardFigures]
 
 
-class Sections(NamedTuple, Generic[ArrayT]):
-    """The input of one forward: parts of one array of int32 words, on the host or on the device."""
+@dataclass(slots=True, kw_only=True)
+class Work:
+    """One forward on its way through the device."""
 
-    ids: ArrayT  # (B * T,)
-    positions: ArrayT  # (B * T,)
-    slots: ArrayT  # (B * T,)
-    table: ArrayT  # (B * M,)
-    last: ArrayT  # (B,) index of the row's last token among B * T
-    temperature: ArrayT  # (B,) the bits of an fp32
-    top_k: ArrayT  # (B,)
-    top_p: ArrayT  # (B,) the bits of an fp32
-    uniform: ArrayT  # (B,) the bits of an fp32
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The padded size of one forward."""
-
-    rows: int
-    tokens: int
-    blocks: int
+    batch: Batch
+    model: CausalLM
+    words: Sections[Tensor]
+    logits: Tensor | None = None  # (S, V)
+    prompt: list[Tensor] = field(default_factory=list)
+    """Packed log probabilities, (..., words of a token) that make (B * T, words of a token)."""
+    sampled: Tensor | None = None
+    """(S, 1) int32 ids, or (S, 1 + words of a token) with packed log probabilities."""
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Words of each section."""
-        return (self.rows * self.tokens,) * 3 + (self.rows * self.blocks,) + (self.rows,) * 5
-
-    @property
-    def num_words(self) -> int:
-        return sum(self.sizes)
-
-
-def padded_sizes(limit: int) -> tuple[int, ...]:
-    """1, 2, 3, 4, 6, 8, 12, 16 ... up to `limit` and with it: padding is never more than half of what is needed."""
-    sizes = {limit, 1}
-    power = 2
-    while power < limit:
-        sizes |= {power, min(limit, power + power // 2)}
-        power *= 2
-    return tuple(sorted(sizes))
+    def results(self) -> list[Tensor]:
+        """What goes to the host."""
+        return self.prompt if self.sampled is None else [*self.prompt, self.sampled]
 
 
 class Runner:
@@ -117,116 +90,132 @@ class Runner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        vocab_size: int,
     ) -> None:
         self._cache = cache
-        self._row_sizes = padded_sizes(max_num_seqs)
-        self._token_sizes = padded_sizes(max(max_num_batched_tokens, cache.block_size))
-        self._block_sizes = padded_sizes(blocks_for(max_model_len, cache.block_size))
-        self._device = device
+        self._vocab_size = vocab_size
+        self._sizes = Sizes.up_to(
+            max_num_seqs=max_num_seqs,
+            max_chunk_tokens=max(max_num_batched_tokens, cache.block_size),
+            max_model_len=max_model_len,
+            block_size=cache.block_size,
+            vocab_size=vocab_size,
+        )
+        self._rows = Rows(max_num_seqs, max_blocks=self._sizes.blocks[-1], vocab_size=vocab_size)
+        self._buffer = Buffer(device, FIRST_BUFFER_WORDS)
+        self._filler = MaskFiller()
 
     @torch.inference_mode()
     def run(self, chunks: Items[Chunk], model_of: Callable[[int], CausalLM]) -> Output:
         """Compute the chunks' keys and values, and sample where a chunk says so. `model_of` knows the generations."""
-        forwards = _group(chunks, model_of)
-        marks = [time.perf_counter()]
-        shapes = [self._shape(forward.chunks) for forward in forwards]
-        inputs = self._upload(forwards, shapes)
-        sampled: list[Tensor] = []
-        for forward, shape, words in zip(forwards, shapes, inputs, strict=True):
-            sampled += self._forward(forward, shape, Sections(*words.split(shape.sizes)))
-            marks.append(time.perf_counter())
-        token_ids = torch.cat(sampled).tolist() if sampled else []
-        scale = (time.perf_counter() - marks[0]) / (marks[-1] - marks[0])
-        seconds = [(end - begin) * scale for begin, end in pairwise(marks)]
-        return Output(
-            token_ids=token_ids,
-            logprobs=[None] * len(token_ids),
-            prompt_logprobs={},
-            forwards=[_figures(*pair) for pair in zip(forwards, seconds, strict=True)],
-        )
+        begin = time.perf_counter()
+        self._rows.refresh(chunks)
+        batches = [plan_batch(chunks, places, self._rows, self._sizes) for places in group(chunks, self._sizes)]
+        with StepInput(batches, self._rows, self._sizes, self._buffer, self._filler) as step_input:
+            works = [
+                Work(batch=batch, model=model_of(batch.generation), words=words)
+                for batch, words in zip(batches, step_input.upload(), strict=True)
+            ]
+            marks = [time.perf_counter()]
+            for work in works:
+                self._forward(work)
+                marks.append(time.perf_counter())
+            for work, masks in zip(works, step_input.upload_masks(), strict=True):
+                self._sample(work, masks)
+        output = Output(token_ids=[], logprobs=[], prompt_logprobs={}, forwards=[])
+        _unpack(works, output)
+        scale = (time.perf_counter() - begin) / (marks[-1] - marks[0])
+        for batch, (earlier, later) in zip(batches, pairwise(marks), strict=True):
+            num_tokens = int((batch.ends - batch.starts).sum())
+            figures = ForwardFigures(batch.generation, len(batch.chunks), num_tokens, (later - earlier) * scale)
+            output.forwards.append(figures)
+        return output
 
-    def _shape(self, chunks: tuple[Chunk, ...]) -> Shape:
-        num_tokens = max(chunk.end - chunk.start for chunk in chunks)
-        num_blocks = max(blocks_for(chunk.end, self._cache.block_size) for chunk in chunks)
-        return Shape(
-            _round_up(len(chunks), self._row_sizes),
-            _round_up(num_tokens, self._token_sizes),
-            _round_up(num_blocks, self._block_sizes),
-        )
-
-    def _upload(self, forwards: Items[Forward], shapes: Items[Shape]) -> tuple[Tensor, ...]:
-        """The words of each forward on the device, by one copy."""
-        num_words = [shape.num_words for shape in shapes]
-        host = torch.zeros(sum(num_words), dtype=torch.int32)
-        for forward, shape, words in zip(forwards, shapes, host.split(num_words), strict=True):
-            self._write(words.numpy(), shape, forward.chunks)
-        parts: tuple[Tensor, ...] = host.to(self._device).split(num_words)
-        return parts
-
-    def _write(self, words: Words, shape: Shape, chunks: tuple[Chunk, ...]) -> None:
-        words.fill(0)
-        sections = Sections(*np.split(words, np.cumsum(shape.sizes)[:-1]))
-        temperature, top_p, uniforms = (
-            section.view(np.float32) for section in (sections.temperature, sections.top_p, sections.uniform)
-        )
-        block_size = self._cache.block_size
-        for row, chunk in enumerate(chunks):
-            start, end, sequence = chunk.start, chunk.end, chunk.sequence
-            first, num_blocks = row * shape.tokens, blocks_for(end, block_size)
-            tokens = slice(first, first + end - start)
-            positions = np.arange(start, end, dtype=np.int32)
-            blocks = np.array(sequence.blocks[:num_blocks], dtype=np.int32)
-            sections.ids[tokens] = sequence.token_ids[start:end]
-            sections.positions[tokens] = positions
-            sections.slots[tokens] = blocks[positions // block_size] * block_size + positions % block_size
-            sections.table[row * shape.blocks : row * shape.blocks + num_blocks] = blocks
-            sections.last[row] = tokens.stop - 1
-            sections.top_k[row] = sequence.sampling.top_k
-            temperature[row] = sequence.sampling.temperature
-            top_p[row] = sequence.sampling.top_p
-            uniforms[row] = uniform(sequence.seed, end)
-
-    def _forward(self, forward: Forward, shape: Shape, words: Sections[Tensor]) -> list[Tensor]:
-        """Sampled ids (number of chunks,), or nothing where the chunks do not sample."""
+    def _forward(self, work: Work) -> None:
+        """Hidden states, and what is made of them: log probabilities of the prompt, logits where rows sample."""
+        batch, words, shape = work.batch, work.words, work.batch.shape
+        ids, positions, slots = words.tokens.view(3, shape.rows, shape.tokens).unbind(0)
         table = words.table.view(shape.rows, shape.blocks)
-        paged = PagedBatch(cache=self._cache, slot_mapping=words.slots, block_table=table)
-        grid = (shape.rows, shape.tokens)
-        hidden = forward.model(words.ids.view(grid), words.positions.view(grid), paged).flatten(0, 1)  # (B * T, W)
-        if not forward.chunks[0].samples:
-            return []
-        if shape.tokens > 1:
-            hidden = hidden.index_select(0, words.last)
-        inputs = SamplingInputs(
-            temperature=words.temperature.view(torch.float32),
-            top_k=words.top_k,
-            top_p=words.top_p.view(torch.float32),
-            uniform=words.uniform.view(torch.float32),
-        )
-        logits = forward.model.logits(hidden)
-        plan = plan_sampling((chunk.sequence.sampling for chunk in forward.chunks), logits.shape[-1])
-        return [sample(logits, inputs, plan)[: len(forward.chunks)]]
+        paged = PagedBatch(cache=self._cache, slot_mapping=slots.flatten(), block_table=table)
+        hidden = work.model(ids, positions, paged).flatten(0, 1)  # (B * T, W)
+        if batch.num_prompt_logprobs is not None:
+            work.prompt = pack_prompt_logprobs(
+                hidden,
+                words.targets,
+                batch.num_prompt_logprobs,
+                logits_of=work.model.logits,
+                vocab_size=self._vocab_size,
+            )
+        if batch.sampling:
+            work.logits = work.model.logits(hidden if batch.is_dense else hidden.index_select(0, words.last))
+
+    def _sample(self, work: Work, masks: Tensor) -> None:
+        if work.logits is None:
+            return
+        batch, words, shape = work.batch, work.words, work.batch.shape
+        logits = work.logits
+        if batch.edited:
+            index, divisor, addend = words.edits.view(3, shape.edits).unbind(0)
+            floats = {"divisor": divisor.view(torch.float32), "addend": addend.view(torch.float32)}
+            logits = edit(logits, EditInputs(index=index, **floats))
+        if batch.masked:
+            logits = mask(logits, MaskInputs(words=masks.view(shape.masks, -1), rows=words.mask_rows))
+        token_ids = sample(logits, _sampling_inputs(words.sampling.view(5, shape.samples)), batch.plan)
+        packed = token_ids.unsqueeze(1)
+        if batch.num_logprobs is not None:
+            packed = torch.cat((packed, pack_logprobs(work.logits, token_ids, batch.num_logprobs)), 1)
+        work.sampled = packed
 
 
-def _group(chunks: Items[Chunk], model_of: Callable[[int], CausalLM]) -> list[Forward]:
-    """Chunks of one token go through the weights of their generation together, longer ones by themselves."""
-    singles: dict[int, list[Chunk]] = {}
-    for chunk in chunks:
-        if chunk.end - chunk.start == 1:
-            singles.setdefault(_generation(chunk), []).append(chunk)
-    forwards = [Forward(model=model_of(generation), chunks=tuple(group)) for generation, group in singles.items()]
-    longer = [chunk for chunk in chunks if chunk.end - chunk.start > 1]
-    return forwards + [Forward(model=model_of(_generation(chunk)), chunks=(chunk,)) for chunk in longer]
+def _sampling_inputs(words: Tensor) -> SamplingInputs:
+    temperature, top_k, top_p, min_p, uniform = words.unbind(0)
+    return SamplingInputs(
+        temperature=temperature.view(torch.float32),
+        top_k=top_k,
+        top_p=top_p.view(torch.float32),
+        min_p=min_p.view(torch.float32),
+        uniform=uniform.view(torch.float32),
+    )
 
 
-def _generation(chunk: Chunk) -> int:
-    assert chunk.sequence.generation is not None
-    return chunk.sequence.generation
+def _unpack(works: Items[Work], output: Output) -> None:
+    """Take the step's results to the host, by one copy, and put them where they belong."""
+    results = [result for work in works for result in work.results]
+    if not results:
+        return
+    words: Words = torch.cat([result.flatten() for result in results]).cpu().numpy()
+    sampled: dict[int, tuple[int, Logprobs | None]] = {}
+    begin = 0
+    for work in works:
+        end = begin + sum(part.numel() for part in work.prompt)
+        if work.prompt:
+            output.prompt_logprobs.update(_unpack_prompts(work.batch, words[begin:end]))
+        begin = end
+        if work.sampled is not None:
+            end = begin + work.sampled.numel()
+            sampled.update(_unpack_sampled(work.batch, words[begin:end].reshape(work.sampled.shape)))
+            begin = end
+    for place in sorted(sampled):
+        token_id, logprobs = sampled[place]
+        output.token_ids.append(token_id)
+        output.logprobs.append(logprobs)
 
 
-def _figures(forward: Forward, seconds: float) -> ForwardFigures:
-    num_tokens = sum(chunk.end - chunk.start for chunk in forward.chunks)
-    return ForwardFigures(_generation(forward.chunks[0]), len(forward.chunks), num_tokens, seconds)
+def _unpack_sampled(batch: Batch, words: Words) -> Iterator[tuple[int, tuple[int, Logprobs | None]]]:
+    """By place in the step."""
+    words = words[: len(batch.sampling)]
+    places = [batch.places[index] for index in batch.sampling]
+    logprobs: Iterable[Logprobs | None] = repeat(None)
+    if batch.num_logprobs is not None:
+        wanted = [batch.chunks[index].sequence.sampling.logprobs for index in batch.sampling]
+        logprobs = unpack_logprobs(words[:, 1:], wanted)
+    return zip(places, zip(words[:, 0].tolist(), logprobs, strict=False), strict=True)
 
 
-def _round_up(count: int, sizes: tuple[int, ...]) -> int:
-    return sizes[bisect_left(sizes, count)]
+def _unpack_prompts(batch: Batch, words: Words) -> Iterator[tuple[int, tuple[Logprobs, ...]]]:
+    """By place in the step."""
+    grid = words.reshape(batch.shape.rows, batch.shape.tokens, -1)
+    for place, chunk, rows in zip(batch.places, batch.chunks, grid, strict=False):
+        num_tokens = len(following_tokens(chunk))
+        wanted = [chunk.sequence.sampling.prompt_logprobs] * num_tokens
+        yield place, tuple(item for item in unpack_logprobs(rows[:num_tokens], wanted) if item is not None)

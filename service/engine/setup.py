@@ -51,7 +51,13 @@ def build_engine(config: EngineConfig, *, wake: Callable[[], None] = lambda: Non
     parts = Parts(
         ready=_describe(config, device, dtype, variants, plan, block_size),
         scheduler=Scheduler(BlockPool(plan.num_blocks), block_size=block_size, **limits),
-        runner=Runner(cache, device.device, max_model_len=plan.max_model_len, **limits),
+        runner=Runner(
+            cache,
+            device.device,
+            max_model_len=plan.max_model_len,
+            vocab_size=target.config.vocab_size,
+            **limits,
+        ),
         weights=WeightStore(target, swap=config.swap, wake=wake),
         target=target,
         used_memory=lambda: memory_figures(device.device).allocated,

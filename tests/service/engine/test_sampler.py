@@ -1,45 +1,65 @@
+"""The device's part of sampling: masks, filters and draws of whole batches."""
+
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from service.engine.messages import SamplingParams
-from service.engine.sampler import SamplingInputs, SamplingPlan, normalise, plan_sampling, sample, uniform
+from service.engine.random_numbers import stream_key, uniforms
+from service.engine.rows import pack_mask
+from service.engine.sampler import (
+    MaskInputs,
+    SamplingInputs,
+    SamplingPlan,
+    mask,
+    normalise,
+    num_candidates,
+    sample,
+    weights_of,
+)
+from tests.support.sampling_reference import distribution
 
 VOCAB = 40
 
 
-def parameters(**fields: float) -> SamplingParams:
-    return normalise(SamplingParams(max_tokens=1, **fields), VOCAB)  # type: ignore[arg-type]
+def parameters(**fields: Any) -> SamplingParams:
+    return normalise(SamplingParams(max_tokens=1, **fields), VOCAB)
 
 
-def draw(logits: Tensor, rows: list[SamplingParams], seeds: list[int], plan: SamplingPlan | None = None) -> list[int]:
-    inputs = SamplingInputs(
+def inputs_of(rows: list[SamplingParams], numbers: list[float]) -> SamplingInputs:
+    return SamplingInputs(
         temperature=torch.tensor([row.temperature for row in rows]),
         top_k=torch.tensor([row.top_k for row in rows], dtype=torch.int32),
         top_p=torch.tensor([row.top_p for row in rows]),
-        uniform=torch.tensor([uniform(seed, 5) for seed in seeds]),
+        min_p=torch.tensor([row.min_p for row in rows]),
+        uniform=torch.tensor(numbers),
     )
-    tokens = sample(logits, inputs, plan or plan_sampling(rows, VOCAB))
+
+
+def plan_of(rows: list[SamplingParams]) -> SamplingPlan:
+    return SamplingPlan(
+        is_greedy=all(row.temperature == 0 for row in rows),
+        num_candidates=max(num_candidates(row, VOCAB) for row in rows),
+        has_min_p=any(row.min_p for row in rows),
+    )
+
+
+def draw(logits: Tensor, rows: list[SamplingParams], seeds: list[int]) -> list[int]:
+    keys = np.array([stream_key(seed, 0) for seed in seeds], dtype=np.uint64)
+    numbers = uniforms(keys, np.full(len(seeds), 5, dtype=np.int32)).tolist()
+    tokens = sample(logits, inputs_of(rows, numbers), plan_of(rows))
     assert tokens.dtype == torch.int32
     return tokens.tolist()
 
 
-def some_logits(num_rows: int = 1) -> Tensor:
-    return torch.randn(num_rows, VOCAB, generator=torch.Generator().manual_seed(3)) * 2
-
-
-def expected_distribution(logits: Tensor, row: SamplingParams) -> Tensor:
-    """Temperature, then top-k, then top-p, token by token, as transformers' warpers define them."""
-    scores = (logits.double() / row.temperature).tolist()
-    order = sorted(range(VOCAB), key=lambda token: -scores[token])
-    kept = order[: row.top_k] if row.top_k else order
-    mass = torch.tensor([scores[token] for token in kept], dtype=torch.float64).softmax(0)
-    nucleus = int((mass.cumsum(0) - mass < row.top_p).sum()) if row.top_p < 1 else len(kept)
-    result = torch.zeros(VOCAB, dtype=torch.float64)
-    result[kept[:nucleus]] = mass[:nucleus] / mass[:nucleus].sum()
-    return result
+def some_logits(num_rows: int = 1, seed: int = 3) -> Tensor:
+    return torch.randn(num_rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
 
 
 def test_greedy_is_the_argmax() -> None:
@@ -53,26 +73,27 @@ def test_a_vanishing_temperature_is_greedy(temperature: float) -> None:
     assert draw(logits, [parameters(temperature=temperature)] * 3, [1, 2, 3]) == logits.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        parameters(temperature=1.0),
-        parameters(temperature=0.5),
-        parameters(temperature=1.7),
-        parameters(top_k=5),
-        parameters(top_k=VOCAB + 1, temperature=0.8),
-        parameters(top_p=0.7),
-        parameters(top_p=0.95, temperature=1.3),
-        parameters(top_k=9, top_p=0.6, temperature=1.5),
-    ],
-    ids=str,
-)
+KINDS = [
+    parameters(temperature=1.0),
+    parameters(temperature=0.5),
+    parameters(temperature=1.7),
+    parameters(top_k=5),
+    parameters(top_k=VOCAB + 1, temperature=0.8),
+    parameters(top_p=0.7),
+    parameters(top_p=0.95, temperature=1.3),
+    parameters(min_p=0.1),
+    parameters(top_k=9, top_p=0.6, temperature=1.5),
+    parameters(top_k=20, top_p=0.9, min_p=0.05, temperature=1.2),
+]
+
+
+@pytest.mark.parametrize("row", KINDS, ids=str)
 def test_tokens_come_as_often_as_their_probability_says(row: SamplingParams) -> None:
     num_draws = 20_000
     logits = some_logits()
-    expected = expected_distribution(logits[0], row) * num_draws
+    expected = torch.tensor(distribution(logits[0].tolist(), row)) * num_draws
     tokens = draw(logits.expand(num_draws, VOCAB), [row] * num_draws, list(range(num_draws)))
-    counts = torch.bincount(torch.tensor(tokens), minlength=VOCAB).double()
+    counts = torch.bincount(torch.tensor(tokens), minlength=VOCAB)
     assert counts[expected == 0].sum() == 0
     possible = expected > 0
     chi_square = float(((counts - expected)[possible] ** 2 / expected[possible]).sum())
@@ -80,16 +101,23 @@ def test_tokens_come_as_often_as_their_probability_says(row: SamplingParams) -> 
     assert chi_square < freedom + 4 * (2 * freedom) ** 0.5 + 4
 
 
+@pytest.mark.parametrize("row", KINDS, ids=str)
+def test_filters_keep_what_those_of_transformers_keep(row: SamplingParams) -> None:
+    logits = some_logits(200, seed=9)
+    warpers: list[Any] = [TemperatureLogitsWarper(row.temperature)]
+    warpers += [TopKLogitsWarper(row.top_k)] if row.top_k else []
+    warpers += [TopPLogitsWarper(row.top_p)] if row.top_p < 1 else []
+    warpers += [MinPLogitsWarper(row.min_p)] if row.min_p else []
+    scores = logits
+    for warper in warpers:
+        scores = warper(None, scores)
+    weights = weights_of(logits, inputs_of([row] * 200, [0.5] * 200), plan_of([row]))
+    assert torch.equal(weights > 0, scores > -torch.inf)
+    assert torch.allclose(weights / weights.sum(-1, keepdim=True), scores.softmax(-1), atol=1e-6)
+
+
 def test_a_row_draws_the_same_alone_and_beside_rows_of_every_kind() -> None:
-    kinds: list[dict[str, float]] = [
-        {"temperature": 0},
-        {"temperature": 0.7},
-        {"top_k": 3},
-        {"top_k": 9, "top_p": 0.8},
-        {"top_p": 0.9},
-        {"temperature": 2.0, "top_k": 0},
-    ]
-    rows = [parameters(**kind) for kind in kinds] * 20
+    rows = [*KINDS, parameters(temperature=0)] * 20
     logits, seeds = some_logits(len(rows)), list(range(len(rows)))
     together = draw(logits, rows, seeds)
     alone = [draw(logits[i : i + 1], rows[i : i + 1], seeds[i : i + 1])[0] for i in range(len(rows))]
@@ -101,17 +129,17 @@ def test_a_row_draws_the_same_alone_and_beside_rows_of_every_kind() -> None:
 
 
 def test_only_top_p_without_top_k_sorts_the_vocabulary() -> None:
-    assert plan_sampling([parameters(temperature=0, top_p=0.5)], VOCAB) == SamplingPlan(
-        is_greedy=True, num_candidates=0
-    )
-    assert plan_sampling([parameters(), parameters(temperature=0)], VOCAB).num_candidates == 0
-    assert plan_sampling([parameters(), parameters(top_k=5, top_p=0.5)], VOCAB).num_candidates == 8
-    assert plan_sampling([parameters(top_k=5), parameters(top_p=0.5)], VOCAB).num_candidates == VOCAB
+    assert num_candidates(parameters(temperature=0, top_p=0.5), VOCAB) == 0
+    assert num_candidates(parameters(), VOCAB) == 0
+    assert num_candidates(parameters(min_p=0.5), VOCAB) == 0
+    assert num_candidates(parameters(top_k=5, top_p=0.5), VOCAB) == 8
+    assert num_candidates(parameters(top_p=0.5), VOCAB) == VOCAB
 
 
-def test_a_nucleus_of_nothing_keeps_the_likeliest_token() -> None:
+@pytest.mark.parametrize("fields", [{"top_p": 0.0}, {"min_p": 1.0}, {"top_k": 1}])
+def test_a_filter_of_everything_keeps_the_likeliest_token(fields: dict[str, float]) -> None:
     logits = some_logits(4)
-    assert draw(logits, [parameters(top_p=0.0)] * 4, [1, 2, 3, 4]) == logits.argmax(-1).tolist()
+    assert draw(logits, [parameters(**fields)] * 4, [1, 2, 3, 4]) == logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("number", [0.5 / (1 << 23), 1 - 0.5 / (1 << 23)])
@@ -119,14 +147,14 @@ def test_the_ends_of_the_interval_never_choose_a_token_that_was_filtered_out(num
     logits = torch.zeros(1, VOCAB)
     logits[0, 10:20] = 1.0
     row = parameters(top_k=10)
-    inputs = SamplingInputs(
-        temperature=torch.ones(1), top_k=torch.tensor([10]), top_p=torch.ones(1), uniform=torch.tensor([number])
-    )
-    assert sample(logits, inputs, plan_sampling([row], VOCAB)).item() == (10 if number < 0.5 else 19)
+    assert sample(logits, inputs_of([row], [number]), plan_of([row])).item() == (10 if number < 0.5 else 19)
 
 
-def test_random_numbers_depend_on_seed_and_position_and_stay_inside() -> None:
-    numbers = [uniform(seed, position) for seed in (-1, 0, 1, 2**63) for position in range(500)]
-    assert len(set(numbers)) > 1990
-    assert 0 < min(numbers) < max(numbers) < 1
-    assert abs(sum(numbers) / len(numbers) - 0.5) < 0.02
+@pytest.mark.parametrize("vocab_size", [1, 31, 32, 33, 100])
+def test_a_mask_leaves_what_its_bits_allow(vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = torch.randn(3, vocab_size, generator=generator)
+    allowed = torch.rand(2, vocab_size, generator=generator) < 0.5
+    words = torch.stack([torch.from_numpy(pack_mask(row.nonzero().flatten().tolist(), vocab_size)) for row in allowed])
+    masked = mask(logits, MaskInputs(words=words, rows=torch.tensor([1, 0, 1], dtype=torch.int32)))
+    assert torch.equal(masked, torch.where(allowed[[1, 0, 1]], logits, -torch.inf))

@@ -1,0 +1,114 @@
+"""Which logits of one request are changed before sampling, and how: penalties, bias, banned tokens. Torch-free.
+
+Only tokens that something is done to are listed, so a request that asks for nothing costs nothing, and one that asks
+costs its distinct tokens. The lists grow with the answer; a step copies them into its upload.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.engine.messages import SamplingParams
+from service.engine.sequence import Sequence
+
+BAN = -1e30
+"""Added to a logit, it leaves no chance beside any other token. Finite: a grammar that allows nothing else still may."""
+
+
+def needs_edits(sampling: SamplingParams) -> bool:
+    return bool(_counts_tokens(sampling) or sampling.logit_bias or sampling.bad_words or sampling.min_tokens)
+
+
+def _counts_tokens(sampling: SamplingParams) -> bool:
+    return bool(sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1)
+
+
+class TokenEdits:
+    """A logit x of a listed token becomes (x / divisor if x > 0 else x * divisor) + addend.
+
+    The divisor is the repetition penalty (Keskar et al., "CTRL", 2019) where the token stands in prompt or answer. The
+    addend is bias - presence_penalty * [count > 0] - frequency_penalty * count (OpenAI's API reference), where count
+    is how often the answer has the token; and BAN where it may not come next.
+    """
+
+    def __init__(self, sequence: Sequence) -> None:
+        sampling = sequence.sampling
+        self._sampling = sampling
+        self._num_prompt_tokens = sequence.num_prompt_tokens
+        self._num_counted = sequence.num_prompt_tokens
+        prompt = sequence.token_ids[: sequence.num_prompt_tokens] if sampling.repetition_penalty != 1 else []
+        self._tokens: NDArray[np.int32] = np.unique(np.array(prompt, dtype=np.int32))
+        self._divisors: NDArray[np.float32] = np.full(len(self._tokens), sampling.repetition_penalty, dtype=np.float32)
+        self._addends: NDArray[np.float32] = np.zeros(len(self._tokens), dtype=np.float32)
+        self._biases = [0.0] * len(self._tokens)
+        self._counts = [0] * len(self._tokens)
+        self._places: dict[int, int] = dict(zip(self._tokens.tolist(), range(len(self._tokens)), strict=True))
+        for token_id, bias in sampling.logit_bias.items():
+            self._add_bias(token_id, bias)
+        self._ends = [self._place(token_id) for token_id in sequence.stop_token_ids] if sampling.min_tokens else []
+        self._words: dict[int, list[tuple[list[int], int]]] = {}
+        """By the token before the last: the tokens before the last one, and the place of the last one."""
+        for *before, last in sampling.bad_words:
+            if before:
+                self._words.setdefault(before[-1], []).append((before, self._place(last)))
+            else:
+                self._add_bias(last, BAN)
+
+    def advance(self, token_ids: list[int]) -> int:
+        """Take the tokens that are new since the last call; returns how many logits are changed now."""
+        if _counts_tokens(self._sampling):
+            for token_id in token_ids[self._num_counted :]:
+                self._count(token_id)
+            self._num_counted = len(token_ids)
+        return len(self._places)
+
+    def write(
+        self,
+        token_ids: list[int],
+        tokens: NDArray[np.int32],
+        divisors: NDArray[np.float32],
+        addends: NDArray[np.float32],
+    ) -> None:
+        """Fill three arrays of the length that `advance` told for the same tokens. Each token is there once."""
+        size = len(self._places)
+        tokens[:] = self._tokens[:size]
+        divisors[:] = self._divisors[:size]
+        addends[:] = self._addends[:size]
+        if len(token_ids) - self._num_prompt_tokens < self._sampling.min_tokens:
+            addends[self._ends] += np.float32(BAN)
+        for before, place in self._words.get(token_ids[-1], ()):
+            if token_ids[-len(before) :] == before:
+                addends[place] = BAN
+
+    def _count(self, token_id: int) -> None:
+        sampling, place = self._sampling, self._place(token_id)
+        self._counts[place] += 1
+        penalty = sampling.presence_penalty + sampling.frequency_penalty * self._counts[place]
+        self._divisors[place] = sampling.repetition_penalty
+        self._addends[place] = self._biases[place] - penalty
+
+    def _add_bias(self, token_id: int, bias: float) -> None:
+        place = self._place(token_id)
+        self._biases[place] += bias
+        self._addends[place] = self._biases[place]
+
+    def _place(self, token_id: int) -> int:
+        """Where the token is listed; it is listed from now on."""
+        place = self._places.get(token_id)
+        if place is not None:
+            return place
+        place = len(self._places)
+        if place == len(self._tokens):
+            self._grow()
+        self._places[token_id] = place
+        self._tokens[place], self._divisors[place], self._addends[place] = token_id, 1.0, 0.0
+        self._biases.append(0.0)
+        self._counts.append(0)
+        return place
+
+    def _grow(self) -> None:
+        more = max(16, len(self._tokens))
+        self._tokens = np.concatenate((self._tokens, np.zeros(more, dtype=np.int32)))
+        self._divisors = np.concatenate((self._divisors, np.zeros(more, dtype=np.float32)))
+        self._addends = np.concatenate((self._addends, np.zeros(more, dtype=np.float32)))
