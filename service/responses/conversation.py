@@ -1,0 +1,113 @@
+"""A request of /v1/responses as the chat that it is: the same conversation in the form of /v1/chat/completions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from lm.errors import UserError
+from service.errors import ApiError
+from service.schemas.messages import CalledFunction, Function, Message, NamedFunction, NamedToolChoice, Tool, ToolCall
+from service.schemas.requests import Conversation
+from service.schemas.response_items import AnyItem, InputFunctionCall, InputFunctionCallOutput, InputMessage
+from service.schemas.responses import AllowedTools, FunctionTool, NamedFunctionChoice, ResponseRequest
+from service.schemas.structured import JsonSchemaFormat, ResponseFormat
+
+CHAT_NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text.format",
+}
+"""Fields of a chat whose errors are told by the name that they have here."""
+
+
+def conversation_of(body: ResponseRequest) -> Conversation:
+    """Raises UserError for the result of a call that nobody made."""
+    return Conversation(
+        messages=chat_messages(body.instructions, body.input),
+        tools=[_tool(tool) for tool in _allowed(body)] or None,
+        tool_choice=_choice(body),
+        parallel_tool_calls=body.parallel_tool_calls,
+        chat_template_kwargs=body.chat_template_kwargs,
+    )
+
+
+def response_format_of(body: ResponseRequest) -> ResponseFormat | None:
+    chosen = None if body.text is None else body.text.format
+    if chosen is None:
+        return None
+    if chosen.json_schema is None:
+        return ResponseFormat(type=chosen.type)
+    wanted = JsonSchemaFormat(
+        name=chosen.name, description=chosen.description, strict=chosen.strict, schema=chosen.json_schema
+    )
+    return ResponseFormat(type=chosen.type, json_schema=wanted)
+
+
+def chat_messages(instructions: str | None, items: Sequence[AnyItem]) -> list[Message]:
+    """Calls that follow each other, and the text of the assistant before them, become one message of the assistant."""
+    messages: list[dict[str, Any]] = []
+    made: set[str] = set()
+    if instructions is not None:
+        messages.append({"role": "system", "content": instructions})
+    for index, item in enumerate(items):
+        match item:
+            case InputMessage():
+                messages.append({"role": item.role, "content": item.content})
+            case InputFunctionCall():
+                made.add(item.call_id)
+                if not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant"})
+                messages[-1].setdefault("tool_calls", []).append(_call(item))
+            case InputFunctionCallOutput():
+                if item.call_id not in made:
+                    param = f"input.{index}.call_id"
+                    raise UserError(
+                        f"{param}: no function_call before it has the call_id {item.call_id!r}", param=param
+                    )
+                messages.append({"role": "tool", "content": item.output, "tool_call_id": item.call_id})
+    return [Message(**message) for message in messages]
+
+
+def renamed(error: UserError | ApiError) -> UserError | ApiError:
+    """An error of the chat, told by the names that its fields have here."""
+    param = error.param or ""
+    told = error.detail if isinstance(error, ApiError) else str(error)
+    field = re.split(r"[.\[]", param)[0]
+    if field == "tools":
+        name, message = param.replace(".function", ""), told.replace(".function", "", 1)
+    elif field in CHAT_NAMES:
+        name = CHAT_NAMES[field]
+        message = f"{name}: {told.removeprefix(f'{param}: ')}".replace("max_tokens", "max_output_tokens")
+    else:
+        return error
+    if isinstance(error, ApiError):
+        return ApiError(error.status_code, message, type=error.type, param=name, code=error.code)
+    return type(error)(message, param=name)
+
+
+def _call(item: InputFunctionCall) -> ToolCall:
+    return ToolCall(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments))
+
+
+def _allowed(body: ResponseRequest) -> list[FunctionTool]:
+    tools = body.tools or []
+    if not isinstance(body.tool_choice, AllowedTools):
+        return tools
+    names = {tool.name for tool in body.tool_choice.tools}
+    return [tool for tool in tools if tool.name in names]
+
+
+def _tool(tool: FunctionTool) -> Tool:
+    return Tool(type="function", function=Function(**{name: getattr(tool, name) for name in Function.model_fields}))
+
+
+def _choice(body: ResponseRequest) -> str | NamedToolChoice | None:
+    match body.tool_choice:
+        case AllowedTools(mode=mode):
+            return mode
+        case NamedFunctionChoice(name=name):
+            return NamedToolChoice(type="function", function=NamedFunction(name=name))
+        case choice:
+            return choice
