@@ -17,6 +17,7 @@ from service.errors import ApiError
 from service.generation import Ask
 from service.schemas.fields import MAX_ANSWERS
 from service.schemas.requests import BaseSampling
+from service.tools.plan import ToolPlan
 
 GREEDY_BELOW = 1e-5  # a smaller temperature overflows what it divides
 
@@ -42,25 +43,26 @@ async def ask(
     max_tokens: int | None,
     default_max_tokens: int | None = None,
     param: str,
-    grammar: str | None = None,
+    plan: ToolPlan | None = None,
     add_special_tokens: bool = True,
 ) -> list[Ask]:
     """One for each prompt. Without a default, `max_tokens` None is the rest of the context.
 
-    `param` is the field that the prompts stand in. Raises UserError and ApiError: 400 for what cannot be served.
+    `param` is the field that the prompts stand in; `plan` is what the tools of a conversation mean. Raises UserError and ApiError: 400 for what cannot be served.
     """
     if len(prompts) * options.num_made > MAX_ANSWERS:
         message = (
             f"{param}: {len(prompts)} x {options.num_made} answers are more than {MAX_ANSWERS}: send fewer at once"
         )
         raise UserError(message, param=param)
-    for name in ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "tools"):
+    for name in ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"):
         if getattr(options, name, None):
             raise UserError(f"{name}: not supported yet", param=name)
     form = getattr(options, "response_format", None)
     if form is not None and form.type != "text":
         raise UserError("response_format: other types than text are not supported yet", param="response_format")
-    shared = _sampling(codec, options, grammar)
+    shared = _sampling(codec, options, None if plan is None else plan.grammar)
+    shows_special = options.skip_special_tokens is False or (plan is not None and not plan.skip_special_tokens)
     asks = []
     for prompt in prompts:
         prompt_ids = await _encode(codec, prompt, param, add_special_tokens=add_special_tokens)
@@ -76,7 +78,7 @@ async def ask(
                 stop=options.stop,
                 stop_token_ids=tuple(options.stop_token_ids or ()),
                 include_stop=bool(options.include_stop_str_in_output),
-                skip_special_tokens=options.skip_special_tokens is not False,
+                skip_special_tokens=not shows_special,
                 prompt_text=prompt if isinstance(prompt, str) else None,
             )
         )

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from service.asking import ask
 from service.routes.chat_choices import ChatChoices
-from service.routes.conversations import chat_of
+from service.routes.conversations import plan_chat
 from service.routes.replies import STREAMED, Reply, chunks, new_reply
 from service.schemas.answers import ChatCompletion
 from service.schemas.requests import ChatRequest
@@ -25,10 +25,18 @@ async def create_chat_completion(
 ) -> ChatCompletion | Response:
     """Answer a conversation."""
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    engine = services.generator.ready_engine()
-    asks = await ask(services.codec, engine, [chat_of(body)], body, max_tokens=max_tokens, param="messages")
+    chat, plan = plan_chat(services.codec, body)
+    asks = await ask(
+        services.codec,
+        services.generator.ready_engine(),
+        [chat],
+        body,
+        max_tokens=max_tokens,
+        param="messages",
+        plan=plan,
+    )
     reply = new_reply(services, request, services.generator.answers_for(asks), model=body.model, prefix="chatcmpl")
-    choices = ChatChoices(services.codec, body)
+    choices = ChatChoices(services.codec, body, plan)
     if body.stream:
         return await event_stream(request.receive, _events(reply, body, choices))
     texts = await unless_gone(request.receive, reply.texts())

@@ -12,13 +12,14 @@ from lm.errors import UserError
 from service.asking import Prompt, ask
 from service.generation import Answer
 from service.routes.completions import KIND, whole_choices
-from service.routes.conversations import chat_of
+from service.routes.conversations import plan_chat
 from service.routes.replies import STREAMED, Reply, chunks, last_chunk, new_reply
 from service.routes.text_choices import TextChoices
 from service.schemas.answers import GenerateAnswer, GenerationMetrics
-from service.schemas.requests import GenerateRequest, StreamOptions
+from service.schemas.requests import Conversation, GenerateRequest, StreamOptions
 from service.services import Services, ServicesDep
 from service.sse import DONE, event, event_stream, unless_gone
+from service.tools.plan import ToolPlan
 
 DEFAULT_MAX_TOKENS = 256
 GB = 1e9
@@ -29,7 +30,7 @@ router = APIRouter(tags=["Generate"])
 @router.post("/generate", response_model=GenerateAnswer, responses=STREAMED)
 async def generate(body: GenerateRequest, request: Request, services: ServicesDep) -> GenerateAnswer | Response:
     """Answer `messages`, or continue `prompt` as it stands; with the speed, the bandwidth and the memory it took."""
-    prompts, param = _prompts(body)
+    prompts, param, plan = _prompts(services, body)
     asks = await ask(
         services.codec,
         services.generator.ready_engine(),
@@ -38,9 +39,10 @@ async def generate(body: GenerateRequest, request: Request, services: ServicesDe
         max_tokens=body.max_tokens,
         default_max_tokens=DEFAULT_MAX_TOKENS,
         param=param,
+        plan=plan,
     )
     reply = new_reply(services, request, services.generator.answers_for(asks), model=body.model, prefix="cmpl")
-    choices = TextChoices(services.codec, body)
+    choices = TextChoices(services.codec, body, plan)
     if body.stream:
         return await event_stream(request.receive, _events(reply, body, choices))
     texts = await unless_gone(request.receive, reply.texts())
@@ -52,14 +54,22 @@ async def generate(body: GenerateRequest, request: Request, services: ServicesDe
     )
 
 
-def _prompts(body: GenerateRequest) -> tuple[Sequence[Prompt], str]:
-    """What to answer, and the field it stands in. Raises UserError unless there is exactly one."""
+def _prompts(services: Services, body: GenerateRequest) -> tuple[Sequence[Prompt], str, ToolPlan | None]:
+    """What to answer, the field it stands in, and what its tools mean. Raises UserError unless there is exactly one."""
     if body.prompt is not None and body.messages is None:
-        return body.prompt, "prompt"
+        _refuse_beside_prompt(body)
+        return body.prompt, "prompt", None
     if body.messages is not None and body.prompt is None:
-        return [chat_of(body)], "messages"
+        chat, plan = plan_chat(services.codec, body)
+        return [chat], "messages", plan
     given = "both are given" if body.prompt is not None else "neither is given"
     raise UserError(f"prompt: send either prompt, as raw text, or messages, as a chat; {given}", param="prompt")
+
+
+def _refuse_beside_prompt(body: GenerateRequest) -> None:
+    for name in Conversation.model_fields:
+        if getattr(body, name):
+            raise UserError(f"{name}: it goes with messages, and the request has a prompt: remove it", param=name)
 
 
 async def _events(reply: Reply, body: GenerateRequest, choices: TextChoices) -> AsyncGenerator[bytes]:

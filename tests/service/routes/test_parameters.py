@@ -11,7 +11,7 @@ from service.schemas.fields import MAX_BAD_WORDS, MAX_BIASES, MAX_STOP_TOKENS
 from tests.support.api import Api
 
 HI = [{"role": "user", "content": "hi"}]
-ENDPOINTS = {
+ENDPOINTS: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "hi"},
     "/v1/chat/completions": {"messages": HI},
     "/generate": {"messages": HI},
