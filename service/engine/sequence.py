@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from service.engine.blocks import NO_NAME
 from service.engine.messages import FinishReason, RequestTiming, SamplingParams
 
 
@@ -50,14 +51,24 @@ class Sequence:
     """A number that no other request ever had, new each time it gets a row: while it stays, `blocks` only grows."""
     num_computed: int = 0
     """Tokens whose keys and values are in the pool."""
-    num_cached_tokens: int = 0
-    """Prompt tokens that need not be computed, since the pool had them."""
+    num_cached_tokens: int | None = None
+    """Tokens that were in the pool already when it was first computed; None before that."""
     blocks: list[int] = field(default_factory=list)
+    num_named_blocks: int = 0
+    """The first of them, whose contents have a name in the pool."""
+    last_name: int = NO_NAME
+    """That of the last one among these."""
     num_preempted: int = 0
     scheduled: float | None = None
     first_token: float | None = None
     finish_reason: FinishReason | None = None
+    error: str | None = None
+    """Why it failed, where that is the reason that it ended."""
     decode_bytes: int = 0
+    is_told: bool = False
+    """Whether an output said something of it."""
+    num_told_logprobs: int = 0
+    """Of its prompt's tokens."""
 
     @property
     def choice(self) -> int:
@@ -71,11 +82,6 @@ class Sequence:
     def num_answer_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
-    @property
-    def is_decoding(self) -> bool:
-        """Only its last token is not in the pool yet."""
-        return self.num_answer_tokens > 0 and self.num_computed == self.num_tokens - 1
-
     def append(self, token_id: int, now: float) -> None:
         """Take the sampled token; sets `finish_reason` if it is the last one."""
         self.token_ids.append(token_id)
@@ -83,8 +89,16 @@ class Sequence:
             self.first_token = now
         if token_id in self.stop_token_ids:
             self.finish_reason = "stop"
-        elif self.num_answer_tokens >= self.sampling.max_tokens:
+        elif len(self.token_ids) - self.num_prompt_tokens >= self.sampling.max_tokens:
             self.finish_reason = "length"
+        if self.matcher is not None and self.finish_reason != "stop":
+            self._follow(self.matcher, token_id)
+
+    def _follow(self, matcher: Matcher, token_id: int) -> None:
+        if not matcher.accept(token_id):
+            self.finish_reason, self.error = "abort", f"the grammar does not allow token {token_id} here"
+        elif matcher.is_over:
+            self.finish_reason = "stop"
 
     def timing(self, now: float) -> RequestTiming:
         """How the time went, for a request that ends now."""

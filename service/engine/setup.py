@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from service.engine.messages import EngineConfig, EngineReady
 from service.engine.pool import PoolPlan, plan_pool, pool_budget
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
+from service.engine.sequence import Matcher
 from service.engine.weights import WeightStore
 
 logger = logging.getLogger(__name__)
@@ -60,10 +62,18 @@ def build_engine(config: EngineConfig, *, wake: Callable[[], None] = lambda: Non
         ),
         weights=WeightStore(target, swap=config.swap, wake=wake),
         target=target,
+        compile_grammar=_compile_grammar,
+        wake=wake,
         used_memory=lambda: memory_figures(device.device).allocated,
         seed=config.seed,
     )
     return Engine(parts)
+
+
+def _compile_grammar(grammar: str) -> Future[Matcher]:
+    future: Future[Matcher] = Future()
+    future.set_exception(UserError("grammar: structured output is not available"))
+    return future
 
 
 def _plan_pool(config: EngineConfig, target: Target, block_size: int) -> PoolPlan:

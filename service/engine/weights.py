@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Container, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -95,6 +95,11 @@ class WeightStore:
 
     def get(self, generation: int) -> WeightSet:
         return self._sets[generation]
+
+    @property
+    def generations(self) -> Container[int]:
+        """Of the sets in memory."""
+        return self._sets.keys()
 
     def advance(self) -> list[Event]:
         """Go on with loads and unloads as far as nothing must be waited for, and drop sets that nobody uses."""

@@ -102,7 +102,7 @@ class Driver:
 
     def finish(self) -> None:
         """Run until no request is left."""
-        self.run_until(lambda: not self.engine.has_work)
+        self.run_until(lambda: not self.engine.num_requests)
 
     def generate(self, prompt_ids: Sequence[int], model_id: str = MODEL, **sampling: Any) -> list[int]:
         """One request alone, to its end."""

