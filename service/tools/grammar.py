@@ -25,8 +25,9 @@ def calls_grammar(
     `special_tokens` are parts of the format that the model has a token for; their text alone would not be that token.
     """
     begin, separator, end = (_literal(text, special_tokens) for text in (format.begin, format.separator, format.end))
+    more = f"({separator} call){{0,{max_calls - 1}}}" if max_calls > 1 else ""
     lines = [
-        f"start: {begin} call ({separator} call){{0,{max_calls - 1}}} {end}",
+        f"start: {begin} call {more} {end}",
         "call: " + " | ".join(f"call_{index}" for index in range(len(functions))),
     ]
     for index, function in enumerate(functions):

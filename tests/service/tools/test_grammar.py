@@ -1,0 +1,138 @@
+"""Calls that a grammar holds: whatever tokens a model prefers, they are calls that can be made."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from lm.tokenizer import Tokenizer, load_tokenizer
+from service.engine.grammar import GrammarCompiler
+from service.engine.sequence import Matcher
+from service.schemas.messages import Function
+from service.tools.formats import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolFormat
+from service.tools.grammar import MAX_CALLS, calls_grammar
+from service.tools.parser import ArgumentsDelta, CallStart, ToolParser
+from tests.support.chat_templates import write_chat_model
+from tests.support.tiny_tokenizers import write_json
+
+FORMATS = (HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS)
+WEATHER: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 12},
+        "days": {"type": "integer", "minimum": 0, "maximum": 14},
+        "unit": {"enum": ["C", "F", "\u00b0 \" </tool_call>"]},
+        "near": {"type": "array", "items": {"$ref": "#/$defs/place"}, "maxItems": 2},
+    },
+    "required": ["city", "unit"],
+    "$defs": {"place": {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"], "additionalProperties": False}},
+}  # fmt: skip
+FUNCTIONS = (
+    Function(name="get_weather", parameters=WEATHER),
+    Function(name="now", parameters=None),
+    Function(name="noop", parameters={}),
+    Function(name="set-7", parameters={"properties": {"on": {"type": "boolean"}}, "required": ["on"]}),
+)
+
+
+class Constrained:
+    """A model that takes any token that the grammar allows."""
+
+    def __init__(self, folder: Path, format: ToolFormat) -> None:
+        write_chat_model(folder, "mistral_v3" if format in (MISTRAL, MISTRAL_ARGS) else "qwen2.5")
+        add_special_tokens(folder / "tokenizer.json", format.markers)
+        self.format = format
+        self.tokenizer: Tokenizer = load_tokenizer(folder)
+        self.vocab_size = self.tokenizer.backend.last_id + 1
+        self.compiler = GrammarCompiler(folder, self.vocab_size)
+
+    def answer(self, functions: tuple[Function, ...], max_calls: int, seed: int) -> str:
+        special_tokens = self.format.special_tokens(self.tokenizer)
+        grammar = calls_grammar(self.format, functions, max_calls=max_calls, special_tokens=special_tokens)
+        matcher, rng = self.compiler.build(grammar), random.Random(seed)
+        ids: list[int] = []
+        while not matcher.is_over:
+            token_id = rng.choice(self.allowed(matcher))
+            if token_id in self.tokenizer.eos_token_ids:
+                break
+            assert matcher.accept(token_id)
+            ids.append(token_id)
+            assert len(ids) < 5000
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def allowed(self, matcher: Matcher) -> list[int]:
+        words = np.zeros((self.vocab_size + 31) // 32, np.int32)
+        matcher.fill_mask(words)
+        return [int(bit) for bit in np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))]
+
+
+def add_special_tokens(path: Path, markers: tuple[str, ...]) -> None:
+    data = json.loads(path.read_text())
+    size = max([*data["model"]["vocab"].values(), *(token["id"] for token in data["added_tokens"])]) + 1
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    data["added_tokens"] += [{"id": size + index, "content": text} | flags for index, text in enumerate(markers)]
+    write_json(path, data)
+
+
+def calls_in(format: ToolFormat, text: str) -> list[tuple[str, str]]:
+    """All calls of `text`, which has nothing else."""
+    parser = ToolParser(format.name, [function.name for function in FUNCTIONS])
+    calls: list[tuple[str, str]] = []
+    for delta in [*parser.add(text), *parser.flush()]:
+        if isinstance(delta, CallStart):
+            calls.append((delta.name, ""))
+        else:
+            assert isinstance(delta, ArgumentsDelta), text
+            calls[-1] = (calls[-1][0], calls[-1][1] + delta.text)
+    return calls
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+def test_any_tokens_that_are_allowed_make_calls_whose_arguments_follow_their_schema(
+    tmp_path: Path, format: ToolFormat
+) -> None:
+    model = Constrained(tmp_path, format)
+    schemas = {function.name: {"type": "object"} | (function.parameters or {}) for function in FUNCTIONS}
+    numbers, names = set(), set()
+    for seed in range(40):
+        calls = calls_in(format, model.answer(FUNCTIONS, MAX_CALLS, seed))
+        assert 1 <= len(calls) <= MAX_CALLS
+        numbers.add(len(calls))
+        for name, arguments in calls:
+            names.add(name)
+            parsed = json.loads(arguments)
+            jsonschema.validate(parsed, schemas[name])
+            assert parsed.keys() <= schemas[name].get("properties", {}).keys() or name == "noop"
+            assert name != "now" or parsed == {}
+    assert names == schemas.keys()
+    assert len(numbers) > 2
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+def test_one_call_is_exactly_one(tmp_path: Path, format: ToolFormat) -> None:
+    model = Constrained(tmp_path, format)
+    for seed in range(10):
+        ((name, _),) = calls_in(format, model.answer(FUNCTIONS[:1], 1, seed))
+        assert name == "get_weather"
+
+
+def test_special_tokens_mark_the_calls_where_the_model_has_them(tmp_path: Path) -> None:
+    model = Constrained(tmp_path, MISTRAL_ARGS)
+    special_tokens = MISTRAL_ARGS.special_tokens(model.tokenizer)
+    assert list(special_tokens) == ["[TOOL_CALLS]", "[ARGS]"]
+    grammar = calls_grammar(MISTRAL_ARGS, FUNCTIONS[1:2], max_calls=1, special_tokens=special_tokens)
+    matcher = model.compiler.build(grammar)
+    assert model.allowed(matcher) == [special_tokens["[TOOL_CALLS]"]]
+
+
+def test_a_user_cannot_loosen_the_grammar(tmp_path: Path) -> None:
+    model = Constrained(tmp_path, HERMES)
+    loose = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "x-guidance": {"lenient": True}}
+    ((_, arguments),) = calls_in(HERMES, model.answer((Function(name="now", parameters=loose),), 1, 0))
+    assert arguments == '{"a": 1}'
