@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from service.asking import ask
 from service.routes.chat_choices import ChatChoices
 from service.routes.conversations import plan_chat
-from service.routes.replies import STREAMED, Reply, chunks, new_reply
+from service.routes.replies import STREAMED, chunks, new_reply
 from service.schemas.answers import ChatCompletion
 from service.schemas.requests import ChatRequest
 from service.services import ServicesDep
-from service.sse import DONE, event_stream, unless_gone
+from service.sse import event_stream, unless_gone
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -38,16 +36,10 @@ async def create_chat_completion(
     reply = new_reply(services, request, services.generator.answers_for(asks), model=body.model, prefix="chatcmpl")
     choices = ChatChoices(services.codec, body, plan)
     if body.stream:
-        return await event_stream(request.receive, _events(reply, body, choices))
+        return await event_stream(request.receive, chunks(reply, "chat.completion.chunk", body.stream_options, choices))
     texts = await unless_gone(request.receive, reply.texts())
     return ChatCompletion(
         **reply.head("chat.completion"),
         choices=[choices.whole(answer, text) for answer, text in zip(reply.answers, texts, strict=True)],
         usage=reply.usage(),
     )
-
-
-async def _events(reply: Reply, body: ChatRequest, choices: ChatChoices) -> AsyncGenerator[bytes]:
-    async for item in chunks(reply, "chat.completion.chunk", body.stream_options, choices):
-        yield item
-    yield DONE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 from fastapi import APIRouter, Request
@@ -12,12 +12,12 @@ from starlette.responses import Response
 from lm.errors import UserError
 from service.asking import ask
 from service.generation import Answer
-from service.routes.replies import STREAMED, Reply, chunks, new_reply
+from service.routes.replies import STREAMED, chunks, new_reply
 from service.routes.text_choices import TextChoices
 from service.schemas.answers import Completion, CompletionChoice
 from service.schemas.requests import CompletionRequest
 from service.services import ServicesDep
-from service.sse import DONE, event_stream, unless_gone
+from service.sse import event_stream, unless_gone
 
 KIND = "text_completion"
 DEFAULT_MAX_TOKENS = 16
@@ -43,7 +43,7 @@ async def create_completion(body: CompletionRequest, request: Request, services:
     reply = new_reply(services, request, services.generator.answers_for(asks), model=body.model, prefix="cmpl")
     choices = TextChoices(services.codec, body)
     if body.stream:
-        return await event_stream(request.receive, _events(reply, body, choices))
+        return await event_stream(request.receive, chunks(reply, KIND, body.stream_options, choices))
     texts = await unless_gone(request.receive, reply.texts())
     return Completion(
         **reply.head(KIND),
@@ -71,9 +71,3 @@ def _best(answers: list[Answer], number: int) -> list[Answer]:
 
 def _mean_logprob(answer: Answer) -> float:
     return math.fsum(item.logprob for item in answer.logprobs) / max(1, len(answer.logprobs))
-
-
-async def _events(reply: Reply, body: CompletionRequest, choices: TextChoices) -> AsyncGenerator[bytes]:
-    async for item in chunks(reply, KIND, body.stream_options, choices):
-        yield item
-    yield DONE

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -13,12 +15,12 @@ from service.asking import Prompt, ask
 from service.generation import Answer
 from service.routes.completions import KIND, whole_choices
 from service.routes.conversations import plan_chat
-from service.routes.replies import STREAMED, Reply, chunks, last_chunk, new_reply
+from service.routes.replies import STREAMED, Reply, chunks, new_reply
 from service.routes.text_choices import TextChoices
 from service.schemas.answers import GenerateAnswer, GenerationMetrics
-from service.schemas.requests import Conversation, GenerateRequest, StreamOptions
+from service.schemas.requests import Conversation, GenerateRequest
 from service.services import Services, ServicesDep
-from service.sse import DONE, event, event_stream, unless_gone
+from service.sse import event_stream, unless_gone
 from service.tools.plan import ToolPlan
 
 DEFAULT_MAX_TOKENS = 256
@@ -44,7 +46,8 @@ async def generate(body: GenerateRequest, request: Request, services: ServicesDe
     reply = new_reply(services, request, services.generator.answers_for(asks), model=body.model, prefix="cmpl")
     choices = TextChoices(services.codec, body, plan)
     if body.stream:
-        return await event_stream(request.receive, _events(reply, body, choices))
+        metrics = partial(_summary, services, reply)
+        return await event_stream(request.receive, chunks(reply, KIND, body.stream_options, choices, summary=metrics))
     texts = await unless_gone(request.receive, reply.texts())
     return GenerateAnswer(
         **reply.head(KIND),
@@ -72,14 +75,9 @@ def _refuse_beside_prompt(body: GenerateRequest) -> None:
             raise UserError(f"{name}: it goes with messages, and the request has a prompt: remove it", param=name)
 
 
-async def _events(reply: Reply, body: GenerateRequest, choices: TextChoices) -> AsyncGenerator[bytes]:
-    """As /v1/completions has them; the chunk with the usage always comes, and brings the metrics."""
-    options = (body.stream_options or StreamOptions()).model_copy(update={"include_usage": False})
-    async for item in chunks(reply, KIND, options, choices):
-        yield item
-    metrics = _metrics(reply.services, reply.answers)
-    yield event({**last_chunk(reply, KIND), "metrics": metrics.model_dump()})
-    yield DONE
+def _summary(services: Services, reply: Reply) -> dict[str, Any]:
+    """What the last chunk of a stream tells beside the usage."""
+    return {"metrics": _metrics(services, reply.answers).model_dump()}
 
 
 def _metrics(services: Services, answers: Sequence[Answer]) -> GenerationMetrics:

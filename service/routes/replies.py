@@ -15,7 +15,7 @@ from service.generation import Answer, Piece
 from service.schemas.answers import PromptTokensDetails, Usage
 from service.schemas.requests import StreamOptions
 from service.services import Services
-from service.sse import event
+from service.sse import DONE, event
 
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer, or its events"}
@@ -88,10 +88,16 @@ def new_reply(services: Services, request: Request, answers: list[Answer], *, mo
     )
 
 
-async def chunks(reply: Reply, kind: str, options: StreamOptions | None, choices: Choices) -> AsyncGenerator[bytes]:
-    """The events of a stream; then the usage if asked for. What came together goes out together.
-
-    [DONE] is left to the caller, who may have more to say.
+async def chunks(
+    reply: Reply,
+    kind: str,
+    options: StreamOptions | None,
+    choices: Choices,
+    *,
+    summary: Callable[[], dict[str, Any]] | None = None,
+) -> AsyncGenerator[bytes]:
+    """The events of a stream; then one chunk without choices, with the usage if asked for and always with the fields
+    of `summary`. What came together goes out together.
     """
     options = options or StreamOptions()
     tail = b'],"usage":null}\n\n' if options.include_usage else b"]}\n\n"
@@ -108,8 +114,11 @@ async def chunks(reply: Reply, kind: str, options: StreamOptions | None, choices
                     parts += (head, choice, tail)
             if parts:
                 yield b"".join(parts)
-    if options.include_usage:
-        yield event(last_chunk(reply, kind))
+    last = b""
+    if options.include_usage or summary is not None:
+        chunk = {**reply.head(kind), "choices": [], "usage": reply.usage().model_dump()}
+        last = event(chunk | (summary() if summary is not None else {}))
+    yield last + DONE
 
 
 def whole_piece(answer: Answer, text: str) -> Piece:
@@ -122,10 +131,6 @@ def whole_piece(answer: Answer, text: str) -> Piece:
         num_tokens=answer.num_tokens,
         finish_reason=answer.finish_reason,
     )
-
-
-def last_chunk(reply: Reply, kind: str) -> dict[str, Any]:
-    return {**reply.head(kind), "choices": [], "usage": reply.usage().model_dump()}
 
 
 class _UsageSoFar:
