@@ -12,6 +12,8 @@ import tokenizers
 from lm.errors import UserError
 from lm.tokenizer_settings import TokenSettings
 
+LONG = 1000  # ids; with fewer, `decode` is faster than the call that lets others run
+
 
 class Backend(Protocol):
     """Valid Unicode in, and for ids that the tokenizer lacks nothing out."""
@@ -45,7 +47,10 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TokenizersBackend:
-    """A tokenizer.json, or what was converted into one."""
+    """A tokenizer.json, or what was converted into one.
+
+    Long texts go through the library's calls for batches: only those let other threads run meanwhile.
+    """
 
     inner: tokenizers.Tokenizer
 
@@ -58,16 +63,20 @@ class TokenizersBackend:
         return max(self.inner.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self.inner.encode(text, add_special_tokens=add_special_tokens).ids
+        (encoding,) = self.inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        encoding = self.inner.encode(text, add_special_tokens=False)
+        (encoding,) = self.inner.encode_batch([text], add_special_tokens=False)
         return encoding.ids, [end for _, end in encoding.offsets]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        text: str = self.inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return text
+        if len(ids) > LONG:
+            (text,) = self.inner.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
+        else:
+            text = self.inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return str(text)
 
     def token_to_id(self, token: str) -> int | None:
         return self.inner.token_to_id(token)

@@ -6,6 +6,8 @@ import json
 import random
 import subprocess
 import sys
+import threading
+import time
 from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
@@ -254,3 +256,20 @@ def test_qwens_turn_end_is_an_end_whatever_the_base_model_configures(tmp_path: P
     write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<|endoftext|>"})
     write_json(tmp_path / "config.json", {"model_type": "qwen2"})
     assert load_tokenizer(tmp_path).eos_token_ids == (0, 2)
+
+
+@pytest.mark.parametrize("work", ["encode", "encode_with_ends", "decode"])
+def test_other_threads_run_while_a_long_text_is_worked_on(tmp_path: Path, work: str) -> None:
+    write_tokenizer(tmp_path, "smollm2")
+    tokenizer = load_tokenizer(tmp_path)
+    text = "a b c d " * (200_000 if work == "decode" else 60_000)
+    argument = tokenizer.encode(text) if work == "decode" else text
+    thread = threading.Thread(target=getattr(tokenizer, work), args=(argument,))
+    thread.start()
+    start = last = time.monotonic()
+    stalls = []
+    while thread.is_alive():
+        time.sleep(0.001)
+        stalls.append(time.monotonic() - last)
+        last += stalls[-1]
+    assert max(stalls) < (last - start) / 2
