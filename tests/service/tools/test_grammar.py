@@ -18,8 +18,7 @@ from service.schemas.messages import Function
 from service.tools.formats import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolFormat
 from service.tools.grammar import MAX_CALLS, calls_grammar
 from service.tools.parser import ArgumentsDelta, CallStart, ToolParser
-from tests.support.chat_templates import write_chat_model
-from tests.support.tiny_tokenizers import write_json
+from tests.support.chat_templates import add_special_tokens, write_chat_model
 
 FORMATS = (HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS)
 WEATHER: dict[str, Any] = {
@@ -70,14 +69,6 @@ class Constrained:
         words = np.zeros((self.vocab_size + 31) // 32, np.int32)
         matcher.fill_mask(words)
         return [int(bit) for bit in np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))]
-
-
-def add_special_tokens(path: Path, markers: tuple[str, ...]) -> None:
-    data = json.loads(path.read_text())
-    size = max([*data["model"]["vocab"].values(), *(token["id"] for token in data["added_tokens"])]) + 1
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-    data["added_tokens"] += [{"id": size + index, "content": text} | flags for index, text in enumerate(markers)]
-    write_json(path, data)
 
 
 def calls_in(format: ToolFormat, text: str) -> list[tuple[str, str]]:

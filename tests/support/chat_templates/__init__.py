@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from lm.template import TOOL_TEMPLATE_FILE, ChatTemplate, load_template
 from lm.tokenizer import load_tokenizer
-from tests.support.tiny_tokenizers import write_tokenizer
+from tests.support.tiny_tokenizers import write_json, write_tokenizer
 
 FOLDER = Path(__file__).parent
 NAMES = tuple(sorted(path.stem for path in FOLDER.glob("*.jinja")))
@@ -27,3 +28,12 @@ def write_chat_model(folder: Path, name: str) -> ChatTemplate:
     else:
         (folder / "chat_template.jinja").write_text(source_of(name), encoding="utf-8")
     return load_template(folder, load_tokenizer(folder))
+
+
+def add_special_tokens(path: Path, markers: tuple[str, ...]) -> None:
+    """To a tokenizer.json, behind its other tokens."""
+    data = json.loads(path.read_text())
+    size = max([*data["model"]["vocab"].values(), *(token["id"] for token in data["added_tokens"])]) + 1
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    data["added_tokens"] += [{"id": size + index, "content": text} | flags for index, text in enumerate(markers)]
+    write_json(path, data)

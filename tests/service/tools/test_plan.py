@@ -1,0 +1,96 @@
+"""What the tools of a request mean, and which requests are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lm.errors import UserError
+from lm.template import ChatTemplate, load_template
+from lm.tokenizer import load_tokenizer
+from service.schemas.messages import Function, NamedFunction, NamedToolChoice, Tool
+from service.tools.plan import plan_tools
+from tests.support.chat_templates import add_special_tokens, write_chat_model
+
+
+def tool(name: str, **parameters: Any) -> Tool:
+    return Tool(type="function", function=Function(name=name, parameters=parameters or None))
+
+
+def named(name: str) -> NamedToolChoice:
+    return NamedToolChoice(type="function", function=NamedFunction(name=name))
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> ChatTemplate:
+    return write_chat_model(tmp_path, "qwen2.5")
+
+
+@pytest.mark.parametrize("choice", [None, "auto"])
+def test_calls_that_may_be_are_free(template: ChatTemplate, choice: str | None) -> None:
+    plan = plan_tools([tool("f"), tool("g")], choice, None, template)
+    assert (plan.grammar, plan.max_calls, sorted(plan.names)) == (None, None, ["f", "g"])
+
+
+def test_calls_that_must_be_are_held_by_a_grammar(template: ChatTemplate) -> None:
+    plan = plan_tools([tool("f"), tool("g")], "required", None, template)
+    assert plan.grammar is not None
+    assert all(part in plan.grammar for part in ('\\"f\\"', '\\"g\\"', "{0,15}"))
+    single = plan_tools([tool("f"), tool("g")], "required", False, template)
+    assert (single.max_calls, "{0," in str(single.grammar)) == (1, False)
+
+
+def test_a_named_function_is_the_only_one_and_called_once(template: ChatTemplate) -> None:
+    plan = plan_tools([tool("f"), tool("g")], named("g"), True, template)
+    assert ([*plan.names], plan.max_calls, len(plan.tools)) == (["g"], 1, 2)
+    assert plan.grammar is not None
+    assert '\\"f\\"' not in plan.grammar
+
+
+def test_the_finish_reason_is_openais(template: ChatTemplate) -> None:
+    free = plan_tools([tool("f")], None, None, template)
+    assert free.finish_reason("stop", 1) == "tool_calls"
+    assert free.finish_reason("stop", 0) == "stop"
+    assert free.finish_reason("length", 1) == "length"
+    assert plan_tools([tool("f")], "required", None, template).finish_reason("stop", 1) == "tool_calls"
+    assert plan_tools([tool("f")], named("f"), None, template).finish_reason("stop", 1) == "stop"
+
+
+def test_none_shows_no_tools_and_finds_no_calls(template: ChatTemplate) -> None:
+    plan = plan_tools([tool("f")], "none", None, template)
+    assert (plan.template_tools, plan.grammar, plan.parser().format) == (None, None, None)
+
+
+def test_special_tokens_are_shown_where_calls_are_marked_by_them(tmp_path: Path) -> None:
+    template = write_chat_model(tmp_path, "mistral_v3")
+    assert plan_tools([tool("f")], None, None, template).skip_special_tokens
+    add_special_tokens(tmp_path / "tokenizer.json", ("[TOOL_CALLS]",))
+    template = load_template(tmp_path, load_tokenizer(tmp_path))
+    assert not plan_tools([tool("f")], None, None, template).skip_special_tokens
+    assert plan_tools([tool("f")], "none", None, template).skip_special_tokens
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "param", "reason"),
+    [
+        ([tool("f"), tool("g"), tool("f")], None, "tools.2.function.name", "'f' is there twice"),
+        ([tool("f", type="array")], None, "tools.0.function.parameters", r"type object \(got type 'array'\)"),
+        ([tool("f", type=["object", "null"])], "none", "tools.0.function.parameters", r"of type object"),
+        ([tool("f")], named("g"), "tool_choice", r"'g' is none of the tools \(f\)"),
+        ([], "required", "tool_choice", "there are no tools to choose from"),
+        (None, named("f"), "tool_choice", "there are no tools to choose from"),
+    ],
+)
+def test_tools_and_choices_that_cannot_be_are_refused(
+    template: ChatTemplate, tools: Any, choice: Any, param: str, reason: str
+) -> None:
+    with pytest.raises(UserError, match=reason) as caught:
+        plan_tools(tools, choice, None, template)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("choice", [None, "none", "auto"])
+def test_a_choice_that_asks_for_nothing_needs_no_tools(template: ChatTemplate, choice: str | None) -> None:
+    assert not plan_tools([], choice, True, template).may_call
