@@ -17,14 +17,16 @@ def tell_step(step: Step, output: Output, now: float) -> tuple[list[TokenOutput]
     for index, chunk in enumerate(step.chunks):
         sequence = chunk.sequence
         logprob = next(logprobs) if chunk.samples else None
-        if sequence.finish_reason is None and logprob is None and chunk.samples and sequence.is_told:
+        of_prompt = output.prompt_logprobs.get(index)
+        is_plain = sequence.finish_reason is None and logprob is None and of_prompt is None and sequence.is_told
+        if is_plain and chunk.samples:
             outputs.append(TokenOutput(request_id=sequence.request_id, token_ids=(sequence.token_ids[-1],)))
         elif sequence.error is not None:
             failures.append(RequestFailed(request_id=sequence.request_id, message=sequence.error, kind="internal"))
         else:
-            prompt_logprobs = _untold(chunk, output.prompt_logprobs.get(index, ()))
-            if chunk.samples or prompt_logprobs or sequence.finish_reason is not None:
-                outputs.append(_tell(sequence, chunk.samples, logprob, prompt_logprobs, now))
+            untold = _untold(chunk, of_prompt or ())
+            if chunk.samples or untold or sequence.finish_reason is not None:
+                outputs.append(_tell(sequence, chunk.samples, logprob, untold, now))
     return outputs, failures
 
 
