@@ -13,7 +13,7 @@ from service.api_document import openapi_document
 from service.auth import Authentication
 from service.errors import install_error_handlers
 from service.middleware import BodyLimit, RequestId
-from service.routes import chat, checkpoints, completions, files, finetune, generate, health, models
+from service.routes import chat, checkpoints, completions, files, finetune, generate, health, models, responses
 from service.services import Services, running_services
 from service.settings import Settings
 from service.sse import ClientGone
@@ -24,6 +24,7 @@ ROUTERS = (
     checkpoints.router,
     completions.router,
     chat.router,
+    responses.router,
     models.router,
     files.router,
     health.router,

@@ -25,6 +25,13 @@ JSON_ROUTES = [
     if "application/json" in operations.get("post", {}).get("requestBody", {}).get("content", {})
 ]
 BODY_ROUTES = [path for path, operations in DOCUMENT["paths"].items() if "requestBody" in operations.get("post", {})]
+HI = [{"role": "user", "content": "hi"}]
+GOOD: dict[str, dict[str, Any]] = {
+    "/generate": {"messages": HI},
+    "/v1/completions": {"prompt": "hi"},
+    "/v1/chat/completions": {"messages": HI},
+    "/v1/responses": {"input": "hi"},
+}
 CONTENT_TYPES = [
     "application/json",
     "text/plain",
@@ -59,15 +66,14 @@ def test_no_json_body_breaks_the_service(
     check(shared_api, answer)
 
 
-@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("path", list(GOOD))
 @fuzz
 @given(data=st.data())
 def test_no_single_field_breaks_a_good_request(shared_api: Api, path: str, data: st.DataObject) -> None:
     schema = DEFINITIONS[dict(JSON_ROUTES)[path]["$ref"].rsplit("/", 1)[1]]
     field = data.draw(st.sampled_from(sorted(schema["properties"])))
     value = data.draw(st.one_of(values(schema["properties"][field], DEFINITIONS), junk))
-    good = {"messages": [{"role": "user", "content": "hi"}]} if path != "/v1/completions" else {"prompt": "hi"}
-    body = json.dumps({**good, field: value}).encode()
+    body = json.dumps({**GOOD[path], field: value}).encode()
     check(shared_api, shared_api.post(path, content=body, headers={"content-type": "application/json"}))
 
 
