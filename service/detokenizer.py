@@ -15,6 +15,22 @@ LONGEST_CHARACTER = 4  # bytes in UTF-8, so at most as many tokens
 Decode = Callable[[Sequence[int]], str]
 
 
+@dataclass(frozen=True, slots=True)
+class TokenTexts:
+    """Decodes, and remembers what each token alone is. One for all answers of a model."""
+
+    decode: Decode
+    alone: dict[int, str] = field(default_factory=dict)
+
+    def __call__(self, ids: Sequence[int]) -> str:
+        if len(ids) != 1:
+            return self.decode(ids)
+        text = self.alone.get(ids[0])
+        if text is None:
+            text = self.alone[ids[0]] = self.decode(ids)
+        return text
+
+
 @dataclass(slots=True)
 class IncrementalDecoder:
     """Decodes a window of the last tokens: those since the last whole character, and one piece before as context.
@@ -27,37 +43,41 @@ class IncrementalDecoder:
     ids: list[int] = field(default_factory=list)
     context: int = 0
     """How many of `ids` are context: their text has been handed out."""
+    before: str = ""
+    """The text of the context alone."""
 
     def add(self, token_id: int) -> str:
         """The text that is certain now and was not before."""
         self.ids.append(token_id)
-        before = self.decode(self.ids[: self.context])
         text = self.decode(self.ids)
-        if len(text) > len(before) and not text.endswith(INCOMPLETE):
+        num_before = len(self.before)
+        if len(text) > num_before and not text.endswith(INCOMPLETE):
             self._restart(self.context)
-            return text[len(before) :]
+            return text[num_before:]
         if len(self.ids) - self.context > MAX_PENDING:
-            return self._cut(before, text)
+            return self._cut(text)
         return ""
 
     def flush(self) -> str:
         """The rest, at the end of the answer; an unfinished character comes out as U+FFFD."""
-        text = self.decode(self.ids)[len(self.decode(self.ids[: self.context])) :]
+        text = self.decode(self.ids)[len(self.before) :]
         self._restart(len(self.ids))
         return text
 
     def _restart(self, drop: int) -> None:
         del self.ids[:drop]
         self.context = len(self.ids)
+        self.before = self.decode(self.ids) if self.ids else ""
 
-    def _cut(self, before: str, text: str) -> str:
+    def _cut(self, text: str) -> str:
         """Keep the window short in a long run of garbage or of silent tokens: cut it where no character is split."""
+        num_before = len(self.before)
         for cut in range(len(self.ids) - 1, len(self.ids) - LONGEST_CHARACTER - 1, -1):
             done = self.decode(self.ids[:cut])
             if done + self.decode(self.ids[cut:]) == text:
                 del self.ids[:cut]
-                self.context = 0
-                return done[len(before) :]
+                self.context, self.before = 0, ""
+                return done[num_before:]
         return ""
 
 
@@ -77,6 +97,8 @@ class StopFinder:
 
     def add(self, text: str, *, may_end: bool = True) -> str:
         """The text that is certain now and was not before. Unless it `may_end` here, what is completed in it is none."""
+        if not self.stop:
+            return text
         if self.found is not None:
             return ""
         num_held = len(self.held)

@@ -35,10 +35,9 @@ from service.engine_stream import (
     EngineUnavailable,
     ModelLoadError,
     ModelUnavailable,
-    Outputs,
+    Receive,
     RequestCrashed,
     RequestRejected,
-    TokenStream,
 )
 
 __all__ = [
@@ -49,7 +48,6 @@ __all__ = [
     "ModelUnavailable",
     "RequestCrashed",
     "RequestRejected",
-    "TokenStream",
 ]
 
 logger = logging.getLogger(__name__)
@@ -74,8 +72,12 @@ class EngineClient:
         *,
         on_ready: Callable[[EngineReady], Awaitable[None]],
         on_stats: Callable[[StepStats], None],
+        silence_limit_s: float | None = None,
     ) -> None:
-        """`on_ready` is awaited after each start: a new process holds no weights. `on_stats` is called each step."""
+        """`on_ready` is awaited after each start: a new process holds no weights. `on_stats` is called each step.
+
+        A process that says nothing for `silence_limit_s` while requests run hangs, and is killed.
+        """
         self.config = config
         self.state: State = "stopped"
         self.ready: EngineReady | None = None
@@ -85,12 +87,15 @@ class EngineClient:
         """Why the last process died, with the end of its log; None since the engine is ready."""
         self._on_ready = on_ready
         self._on_stats = on_stats
+        self._silence_limit_s = silence_limit_s
+        self._last_event = 0.0
+        """On the loop's clock; also when requests came to an engine without any."""
         self._process: EngineProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._is_stopping = False
         self._first_outcome: asyncio.Future[None] | None = None
         self._greeting: asyncio.Task[None] | None = None
-        self._requests: dict[str, Outputs] = {}
+        self._requests: dict[str, Receive] = {}
         self._loads: dict[str, asyncio.Future[ModelLoaded]] = {}
         self._unloads: dict[str, asyncio.Future[None]] = {}
 
@@ -120,20 +125,26 @@ class EngineClient:
         self._supervisor.cancel()
         await asyncio.wait([self._supervisor])
 
-    def submit(self, request: AddRequest) -> TokenStream:
-        """Send a request before returning; its tokens come from the stream. Raises EngineUnavailable."""
+    def submit(self, request: AddRequest, receive: Receive) -> None:
+        """Send a request before returning; `receive` is called with what comes of it. Raises EngineUnavailable."""
         process = self._running_process()
         request_id = request.request_id
         if request_id in self._requests:
             raise ValueError(f"the request id {request_id!r} is in use")
         process.send(request)
-        outputs: Outputs = asyncio.Queue()
-        self._requests[request_id] = outputs
-        return TokenStream(
-            outputs,
-            abort=lambda: self._abort(request_id),
-            forget=lambda: self._requests.pop(request_id, None),
-        )
+        if not self._requests:
+            self._last_event = asyncio.get_running_loop().time()
+        self._requests[request_id] = receive
+
+    def abort(self, request_id: str) -> None:
+        """End a request early. Its last output still comes, with the engine's timing: after the step under way."""
+        if request_id in self._requests and self._process is not None:
+            self._process.send(AbortRequest(request_id=request_id))
+
+    def abandon(self, request_id: str) -> None:
+        """End a request early, and let nothing more come of it. Does nothing for one that is over."""
+        self.abort(request_id)
+        self._requests.pop(request_id, None)
 
     async def load_model(self, command: LoadModel, /) -> ModelLoaded:
         """Load weights. Raises ModelLoadError with the reason, EngineUnavailable.
@@ -165,10 +176,6 @@ class EngineClient:
             raise EngineUnavailable(f"the engine is {self.state}")
         return self._process
 
-    def _abort(self, request_id: str) -> None:
-        if request_id in self._requests and self._process is not None:
-            self._process.send(AbortRequest(request_id=request_id))
-
     # ---- the life of the process
 
     async def _supervise(self) -> None:
@@ -190,22 +197,36 @@ class EngineClient:
     async def _live(self) -> int | None:
         """One process from its start to its end. Returns its exit code, None when it could not be started."""
         try:
-            self._process = process = await EngineProcess.start()
+            self._process = process = await EngineProcess.start(self._take)
         except OSError as error:
             self._bury(f"the engine process could not be started: {error}", "")
             return None
+        watch = asyncio.create_task(self._watch(process))
         try:
             process.send(self.config)
-            while (event := await process.receive()) is not None:
-                self._take(event)
+            await process.wait_closed()
         finally:
+            watch.cancel()
             self.ready = None
+            if not self._is_stopping:
+                self.state = "dead"
             code = await process.end(DEATH_GRACE_S)
             self._process = None
             self._bury(f"the engine ended with {describe_exit(code)}", process.log_tail)
         if self._greeting is not None:
             await asyncio.wait([self._greeting])
         return code
+
+    async def _watch(self, process: EngineProcess) -> None:
+        """Kill a process that hangs. While weights are loaded a request may wait for long without hanging."""
+        limit = self._silence_limit_s
+        while limit is not None:
+            await asyncio.sleep(limit / 4)
+            silence = asyncio.get_running_loop().time() - self._last_event
+            if self._requests and not self._loads and silence > limit:
+                logger.error("the engine has said nothing for %.0f s while requests run: it is killed", silence)
+                process.kill()
+                return
 
     def _bury(self, reason: str, log_tail: str) -> None:
         """Fail everything that waited for the process."""
@@ -214,8 +235,8 @@ class EngineClient:
             self.failure = f"{reason}; its last lines:\n{log_tail}" if log_tail else reason
             logger.error("%s", self.failure)
         error = EngineUnavailable(reason)
-        for outputs in self._requests.values():
-            outputs.put_nowait(error)
+        for receive in self._requests.values():
+            receive(error)
         for load in self._loads.values():
             _fail(load, error)
         for unload in self._unloads.values():
@@ -240,6 +261,7 @@ class EngineClient:
     # ---- events
 
     def _take(self, event: Event) -> None:
+        self._last_event = asyncio.get_running_loop().time()
         match event:
             case StepOutput():
                 self._take_step(event)
@@ -271,11 +293,11 @@ class EngineClient:
         self._on_stats(event.stats)
 
     def _put(self, request_id: str, item: TokenOutput | EngineError) -> None:
-        """An output of a request that was aborted meanwhile is dropped."""
+        """What comes of a request that was abandoned meanwhile is dropped."""
         is_last = isinstance(item, EngineError) or item.finish_reason is not None
-        outputs = self._requests.pop(request_id, None) if is_last else self._requests.get(request_id)
-        if outputs is not None:
-            outputs.put_nowait(item)
+        receive = self._requests.pop(request_id, None) if is_last else self._requests.get(request_id)
+        if receive is not None:
+            receive(item)
 
 
 def _fail(future: asyncio.Future[Any], error: EngineError) -> None:

@@ -9,7 +9,9 @@ import signal
 import socket
 import sys
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import msgspec
 
@@ -18,36 +20,43 @@ from service.engine.messages import MAX_FRAME_BYTES, Command, Event, decode_even
 logger = logging.getLogger(__name__)
 
 LOG_LINES = 20
+LOG_GRACE_S = 0.5
+"""How long the last lines of a process that is gone may take. What it started itself may hold its output open."""
 MAX_LINE = 2000
+LENGTH_BYTES = 4
+RECEIVE_BYTES = 1 << 18
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
+
+Take = Callable[[Event], None]
 
 
 class EngineProcess:
     """Use `start`."""
 
-    def __init__(
-        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    module = "service.engine"
+    """What Python runs as the engine."""
+
+    def __init__(self, process: asyncio.subprocess.Process, connection: _Connection) -> None:
         self._process = process
-        self._reader = reader
-        self._writer = writer
+        self._connection = connection
         self._lines: deque[str] = deque(maxlen=LOG_LINES)
         self._log_task = asyncio.create_task(self._follow_log())
 
     @classmethod
-    async def start(cls) -> EngineProcess:
+    async def start(cls, take: Take) -> EngineProcess:
+        """`take` is called with each event as it is read. When it raises, the connection ends."""
         ours, theirs = socket.socketpair()
         with theirs:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "service.engine", str(theirs.fileno())),
+                *(sys.executable, "-P", "-m", cls.module, str(theirs.fileno())),
                 pass_fds=[theirs.fileno()],
                 env=_environment(),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,  # torch_npu prints there
                 stderr=asyncio.subprocess.STDOUT,
             )
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
-        return cls(process, reader, writer)
+        _, connection = await asyncio.get_running_loop().create_unix_connection(lambda: _Connection(take), sock=ours)
+        return cls(process, connection)
 
     @property
     def pid(self) -> int:
@@ -59,23 +68,19 @@ class EngineProcess:
         return "\n".join(self._lines)
 
     def send(self, message: Command) -> None:
-        """A process that is gone is noticed by `receive`. Raises ValueError for a message beyond the frame limit."""
+        """What is sent to a process that is gone is lost. Raises ValueError for a message beyond the frame limit."""
         frame = encode(message)
         if len(frame) > MAX_FRAME_BYTES:
             raise ValueError(f"a message of {len(frame)} bytes is more than the engine takes ({MAX_FRAME_BYTES})")
-        if not self._writer.is_closing():
-            self._writer.write(frame)
+        self._connection.send(frame)
 
-    async def receive(self) -> Event | None:
-        """The next event, None when the process has closed its end or talks nonsense."""
-        try:
-            size = int.from_bytes(await self._reader.readexactly(4), "big")
-            return decode_event(await self._reader.readexactly(size))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return None
-        except msgspec.MsgspecError as error:
-            logger.error("the engine sent a frame that cannot be read: %s", error)
-            return None
+    async def wait_closed(self) -> None:
+        """Until the process has closed its end, or was cut off since it talked nonsense."""
+        await asyncio.shield(self._connection.closed)
+
+    def kill(self) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
 
     async def end(self, grace_s: float) -> int:
         """Wait for the end, kill it after `grace_s`, close everything. Returns the exit code, -N for signal N."""
@@ -83,11 +88,12 @@ class EngineProcess:
             async with asyncio.timeout(grace_s):
                 await self._process.wait()
         except TimeoutError:
-            self._process.kill()
+            self.kill()
             await self._process.wait()
         finally:
-            self._writer.close()
-        await self._log_task
+            self._connection.close()
+        await asyncio.wait([self._log_task], timeout=LOG_GRACE_S)
+        self._log_task.cancel()
         assert self._process.returncode is not None
         return self._process.returncode
 
@@ -106,6 +112,65 @@ class EngineProcess:
         if line:
             self._lines.append(line)
             logger.info("%s", line)
+
+
+class _Connection(asyncio.BufferedProtocol):
+    """Our end of the socket. All frames that have come are taken at once, without a task to wake up.
+
+    They are read into one buffer: one of that size for each read would cost more than all the rest.
+    """
+
+    def __init__(self, take: Take) -> None:
+        self.closed = asyncio.get_running_loop().create_future()
+        self._take = take
+        self._buffer = bytearray(RECEIVE_BYTES)
+        self._filled = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.WriteTransport, transport)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.closed.set_result(None)
+
+    def send(self, frame: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(frame)
+
+    def close(self) -> None:
+        self._transport.abort()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Twice as large when it is full: a frame may be larger."""
+        if self._filled == len(self._buffer):
+            self._buffer = self._buffer + bytes(self._filled)
+        return memoryview(self._buffer)[self._filled :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._filled += nbytes
+        try:
+            taken = self._take_frames(memoryview(self._buffer)[: self._filled])
+        except msgspec.MsgspecError as error:
+            logger.error("the engine sent a frame that cannot be read: %s", error)
+            self.close()
+        else:
+            self._keep(self._buffer[taken : self._filled])
+
+    def _take_frames(self, view: memoryview) -> int:
+        """Returns how many bytes they were."""
+        start, available = 0, len(view)
+        while (begin := start + LENGTH_BYTES) <= available:
+            end = begin + int.from_bytes(view[start:begin], "big")
+            if end > available:
+                break
+            self._take(decode_event(view[begin:end]))
+            start = end
+        return start
+
+    def _keep(self, rest: bytearray) -> None:
+        if len(rest) <= RECEIVE_BYTES < len(self._buffer):
+            self._buffer = bytearray(RECEIVE_BYTES)
+        self._filled = len(rest)
+        self._buffer[: self._filled] = rest
 
 
 def describe_exit(code: int) -> str:

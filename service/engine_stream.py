@@ -1,4 +1,4 @@
-"""What one request gets from the engine: outputs, or the reason why there are none. Torch-free.
+"""What a request gets from the engine: outputs, or the reason why there are none. Torch-free.
 
 EngineError
 +-- EngineUnavailable   there is no engine: starting, dead or stopped. HTTP 503
@@ -12,10 +12,13 @@ EngineError
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
-from service.engine.messages import RequestTiming, TokenOutput
+from service.engine.messages import TokenOutput
+
+KeyT = TypeVar("KeyT")
+ItemT = TypeVar("ItemT")
 
 
 class EngineError(Exception):
@@ -48,52 +51,26 @@ FAILURES: dict[str, type[EngineError]] = {
     "internal": RequestCrashed,
 }
 
+Receive = Callable[[TokenOutput | EngineError], None]
+"""Called with each output of a request, the last of which has a finish reason, or with the error that ends it."""
 
-Outputs = asyncio.Queue[TokenOutput | EngineError]
 
+class Mailbox(Generic[KeyT, ItemT]):
+    """Gathers what comes for several keys until its one reader looks: one wake-up, however much has come."""
 
-class TokenStream(AsyncIterator[TokenOutput]):
-    """The outputs of one request, the last with a finish reason. Dropping or closing it early aborts the request."""
+    def __init__(self) -> None:
+        self._items: list[tuple[KeyT, ItemT]] = []
+        self._waiter: asyncio.Future[None] | None = None
 
-    def __init__(self, outputs: Outputs, *, abort: Callable[[], object], forget: Callable[[], object]) -> None:
-        """`abort` asks the engine to end the request, whose last output still comes; `forget` lets nothing come."""
-        self._outputs = outputs
-        self._abort = abort
-        self._forget = forget
-        self._is_over = False
+    def put(self, key: KeyT, item: ItemT) -> None:
+        self._items.append((key, item))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
-    async def __anext__(self) -> TokenOutput:
-        """Raises EngineError when the request failed."""
-        if self._is_over:
-            raise StopAsyncIteration
-        try:
-            item = await self._outputs.get()
-        except asyncio.CancelledError:
-            await self.aclose()
-            raise
-        if isinstance(item, EngineError):
-            self._is_over = True
-            raise item
-        self._is_over = item.finish_reason is not None
-        return item
-
-    async def abort(self) -> RequestTiming | None:
-        """End the request early, and wait for what the engine says of its time; None when it cannot say any more.
-
-        That takes as long as the step under way. `aclose` does not wait.
-        """
-        self._abort()
-        timing = None
-        with suppress(EngineError):
-            async for output in self:
-                timing = output.timing
-        return timing
-
-    async def aclose(self) -> None:
-        self._is_over = True
-        self._abort()
-        self._forget()
-
-    def __del__(self) -> None:
-        self._abort()
-        self._forget()
+    async def take(self) -> list[tuple[KeyT, ItemT]]:
+        """Everything that is there, in order; waits until that is something."""
+        if not self._items:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        items, self._items = self._items, []
+        return items

@@ -262,5 +262,5 @@ def decode_command(body: bytes | bytearray) -> Command:
     return _command_decoder.decode(body)
 
 
-def decode_event(body: bytes | bytearray) -> Event:
+def decode_event(body: bytes | bytearray | memoryview) -> Event:
     return _event_decoder.decode(body)

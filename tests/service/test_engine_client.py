@@ -8,7 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from service.engine_client import (
     ModelLoadError,
     ModelUnavailable,
     RequestRejected,
-    TokenStream,
 )
 from tests.support.engines import MODEL, Driver, request, tiny_engine_config
 from tests.support.tiny import make_tiny_llama
+from tests.support.token_stream import TokenStream
 
 PROMPT = [9, 8, 7, 6]
 
@@ -57,8 +57,7 @@ async def running(config: EngineConfig) -> AsyncIterator[tuple[EngineClient, lis
 
 
 async def collect(stream: TokenStream) -> list[int]:
-    async with aclosing(stream) as outputs:
-        return [token async for output in outputs for token in output.token_ids]
+    return await stream.tokens()
 
 
 async def until(is_over: Callable[[], bool], timeout_s: float = 30) -> None:
@@ -84,54 +83,52 @@ def test_requests_loads_and_aborts_go_through_the_process(tiny: Path, other_tiny
             await check_swap(client)
 
     async def check_batch(client: EngineClient) -> None:
-        streams = [client.submit(request(str(index), PROMPT)) for index in range(10)]
+        streams = [TokenStream(client, request(str(index), PROMPT)) for index in range(10)]
         assert await asyncio.gather(*map(collect, streams)) == [expected[MODEL]] * 10
 
     async def check_failures(client: EngineClient) -> None:
         with pytest.raises(RequestRejected, match="prompt: it is empty"):
-            await collect(client.submit(request("a", [])))
+            await collect(TokenStream(client, request("a", [])))
         with pytest.raises(ModelUnavailable, match="'none' is not loaded"):
-            await collect(client.submit(request("a", PROMPT, "none")))
+            await collect(TokenStream(client, request("a", PROMPT, "none")))
         with pytest.raises(ModelLoadError, match="there is no model folder"):
             await client.load_model(LoadModel(model_id="x", base_dir=str(tmp_path / "x"), replaces=MODEL))
-        assert await collect(client.submit(request("a", PROMPT))) == expected[MODEL]
+        assert await collect(TokenStream(client, request("a", PROMPT))) == expected[MODEL]
 
     async def check_aborts(client: EngineClient, stats: list[StepStats]) -> None:
-        for end in (close_early, drop, cancel, abort):
-            await end(client.submit(request(end.__name__, PROMPT, max_tokens=200)))
+        for end in (abandon, abort, cancel):
+            await end(TokenStream(client, request(end.__name__, PROMPT, max_tokens=200)))
             await until(lambda: stats[-1].num_running == stats[-1].used_blocks == 0)
 
     async def check_swap(client: EngineClient) -> None:
         command = LoadModel(model_id="new", base_dir=str(other_tiny), replaces=MODEL)
         other = asyncio.create_task(client.load_model(command))
         loaded = await client.load_model(command)
-        last = client.submit(request("last", PROMPT))  # no await since: the old weights are still there
+        last = TokenStream(client, request("last", PROMPT))  # no await since: the old weights are still there
         assert await collect(last) == expected[MODEL]
         assert await other == loaded
         await client.unload_model(MODEL)
         with pytest.raises(ModelUnavailable):
-            await collect(client.submit(request("a", PROMPT)))
-        assert await collect(client.submit(request("b", PROMPT, "new"))) == expected["new"]
+            await collect(TokenStream(client, request("a", PROMPT)))
+        assert await collect(TokenStream(client, request("b", PROMPT, "new"))) == expected["new"]
 
     asyncio.run(check())
 
 
-async def close_early(stream: TokenStream) -> None:
-    async with aclosing(stream) as outputs:
-        assert (await anext(outputs)).finish_reason is None
-
-
-async def drop(stream: TokenStream) -> None:
-    await anext(stream)
-    del stream
+async def abandon(stream: TokenStream) -> None:
+    assert (await anext(stream)).finish_reason is None
+    stream.abandon()
+    await asyncio.sleep(0.1)
+    assert stream._items.empty()
 
 
 async def abort(stream: TokenStream) -> None:
     await anext(stream)
-    timing = await stream.abort()
-    assert timing is not None
-    assert timing.decode_tokens < 199
-    assert [output async for output in stream] == []
+    stream.abort()
+    *_, last = [output async for output in stream]
+    assert last.finish_reason == "abort"
+    assert last.timing is not None
+    assert last.timing.decode_tokens < 199
 
 
 async def cancel(stream: TokenStream) -> None:
@@ -159,7 +156,7 @@ def test_swaps_under_load_lose_no_request(tiny: Path, other_tiny: Path, swap: st
         while not is_over:
             count, model = count + 1, served
             try:
-                tokens = await collect(client.submit(request(f"{number}-{count}", PROMPT, model, max_tokens=40)))
+                tokens = await collect(TokenStream(client, request(f"{number}-{count}", PROMPT, model, max_tokens=40)))
             except ModelUnavailable:
                 continue  # as the service does: it asks again what is served
             assert tokens == expected[model]
@@ -184,8 +181,8 @@ def test_swaps_under_load_lose_no_request(tiny: Path, other_tiny: Path, swap: st
 def test_a_killed_engine_fails_what_runs_at_once_and_comes_back(tiny: Path) -> None:
     async def check() -> None:
         async with running(tiny_engine_config(tiny)) as (client, _):
-            whole = await collect(client.submit(request("before", PROMPT)))
-            streams = [client.submit(request(str(index), PROMPT, max_tokens=250)) for index in range(5)]
+            whole = await collect(TokenStream(client, request("before", PROMPT)))
+            streams = [TokenStream(client, request(str(index), PROMPT, max_tokens=250)) for index in range(5)]
             await anext(streams[0])
             assert client.pid is not None
             os.kill(client.pid, signal.SIGKILL)
@@ -196,7 +193,7 @@ def test_a_killed_engine_fails_what_runs_at_once_and_comes_back(tiny: Path) -> N
             assert "signal 9 (SIGKILL)" in str(results[0])
             assert client.state == "dead"
             with pytest.raises(EngineUnavailable, match="the engine is dead"):
-                client.submit(request("dead", PROMPT))
+                TokenStream(client, request("dead", PROMPT))
             with pytest.raises(EngineUnavailable):
                 await client.load_model(LoadModel(model_id="x", base_dir=str(tiny)))
             await until(lambda: client.state == "ready")
@@ -206,7 +203,7 @@ def test_a_killed_engine_fails_what_runs_at_once_and_comes_back(tiny: Path) -> N
     async def answered(client: EngineClient) -> list[int]:
         while True:  # `on_ready` loads the weights anew
             try:
-                return await collect(client.submit(request("after", PROMPT)))
+                return await collect(TokenStream(client, request("after", PROMPT)))
             except ModelUnavailable:
                 await asyncio.sleep(0.01)
 
@@ -252,7 +249,7 @@ def test_an_engine_that_cannot_start_stays_dead_and_says_why(
             await asyncio.sleep(1)
             assert client.restarts == 0
             with pytest.raises(EngineUnavailable, match=r"^the engine is dead$"):  # clients get no log lines
-                client.submit(request("a", PROMPT))
+                TokenStream(client, request("a", PROMPT))
 
     config = tiny_engine_config(tiny)
     asyncio.run(check())
@@ -261,7 +258,7 @@ def test_an_engine_that_cannot_start_stays_dead_and_says_why(
 def test_ctrl_c_is_left_to_the_parent_and_stopping_answers_what_runs(tiny: Path) -> None:
     async def check() -> None:
         async with running(tiny_engine_config(tiny)) as (client, _):
-            stream = client.submit(request("a", PROMPT, max_tokens=250))
+            stream = TokenStream(client, request("a", PROMPT, max_tokens=250))
             await anext(stream)
             pid = client.pid
             assert pid is not None
@@ -272,7 +269,7 @@ def test_ctrl_c_is_left_to_the_parent_and_stopping_answers_what_runs(tiny: Path)
             assert outputs[-1].finish_reason == "abort"
             assert client.state == "stopped"
             with pytest.raises(EngineUnavailable, match="the engine is stopped"):
-                client.submit(request("b", PROMPT))
+                TokenStream(client, request("b", PROMPT))
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
 
@@ -289,7 +286,7 @@ def test_an_idle_engine_uses_no_processor_and_ends_with_its_parent(tiny: Path) -
             assert processor_seconds(client.pid) - before < 0.05
             process = client._process
             assert process is not None
-            process._writer.close()  # what the kernel does when the parent dies
+            process._connection.close()  # what the kernel does when the parent dies
             await until(lambda: client._process is None or client._process.pid != process.pid, 5)
             assert "exit code 0" in str(client.failure)
 

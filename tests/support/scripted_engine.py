@@ -15,8 +15,8 @@ from service.engine.messages import (
     RequestTiming,
     TokenOutput,
 )
-from service.engine_client import EngineClient, EngineUnavailable, ModelUnavailable, TokenStream
-from service.engine_stream import Outputs
+from service.engine_client import EngineClient, EngineUnavailable, ModelUnavailable
+from service.engine_stream import Receive
 from tests.support.tiny_tokenizers import write_tokenizer
 
 CONTEXT = 128
@@ -53,16 +53,16 @@ class ScriptedEngine(EngineClient):
     """So many requests find that their weights have just left the engine."""
 
     async def start(self) -> None:
-        self.running: set[str] = set()
+        self.running: dict[str, Receive] = {}
         self.received: list[AddRequest] = []
         self.loaded: list[str] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._plays: dict[str, asyncio.Task[None]] = {}
         self.state, self.ready = "ready", READY
         await self._on_ready(READY)
 
     async def stop(self) -> None:
         self.state = "stopped"
-        for task in self._tasks:
+        for task in self._plays.values():
             task.cancel()
 
     async def load_model(self, command: LoadModel, /) -> ModelLoaded:
@@ -75,42 +75,40 @@ class ScriptedEngine(EngineClient):
             mode="overlap",
         )
 
-    def submit(self, request: AddRequest) -> TokenStream:
+    def submit(self, request: AddRequest, receive: Receive) -> None:
         if self.ready is None:
             raise EngineUnavailable("the engine is dead")
-        outputs: Outputs = asyncio.Queue()
         self.received.append(request)
-        self.running.add(request.request_id)
-        task = asyncio.create_task(self._play(request, outputs))
-        self._tasks.add(task)
+        self.running[request.request_id] = receive
+        self._plays[request.request_id] = asyncio.create_task(self._play(request, receive))
 
-        def abort() -> None:
-            if task.cancel():
-                last = TokenOutput(request_id=request.request_id, token_ids=(), finish_reason="abort", timing=ABORTED)
-                outputs.put_nowait(EngineUnavailable("it was killed") if self.dies_at_abort else last)
-            self.running.discard(request.request_id)
+    def abort(self, request_id: str) -> None:
+        receive = self.running.pop(request_id, None)
+        self._plays[request_id].cancel()
+        if receive is not None:
+            last = TokenOutput(request_id=request_id, token_ids=(), finish_reason="abort", timing=ABORTED)
+            receive(EngineUnavailable("it was killed") if self.dies_at_abort else last)
 
-        return TokenStream(outputs, abort=abort, forget=lambda: None)
+    def abandon(self, request_id: str) -> None:
+        self._plays[request_id].cancel()
+        self.running.pop(request_id, None)
 
-    async def _play(self, request: AddRequest, outputs: Outputs) -> None:
+    async def _play(self, request: AddRequest, receive: Receive) -> None:
         tokens = self.answer if request.sampling.ignore_eos else (*self.answer, self.eos)
-        tokens = _until_stopped(tokens, request.sampling.stop_token_ids)
         if self.weights_leave:
             self.weights_leave -= 1
-            outputs.put_nowait(ModelUnavailable("not loaded"))
+            receive(ModelUnavailable("not loaded"))
             tokens = ()
-        elif request.sampling.max_tokens == 0:
-            outputs.put_nowait(_only_the_prompt(request))
         for number, token_id in enumerate(tokens[: request.sampling.max_tokens]):
             await asyncio.sleep(0)
             if number == self.stays_after:
                 await asyncio.sleep(3600)
             if number == self.dies_after:
                 self.state, self.ready = "dead", None
-                outputs.put_nowait(EngineUnavailable("it was killed"))
+                receive(EngineUnavailable("it was killed"))
                 break
-            outputs.put_nowait(self._output(request, token_id, number + 1, len(tokens)))
-        self.running.discard(request.request_id)
+            receive(self._output(request, token_id, number + 1, len(tokens)))
+        self.running.pop(request.request_id, None)
 
     def _output(self, request: AddRequest, token_id: int, number: int, num_tokens: int) -> TokenOutput:
         sampling = request.sampling

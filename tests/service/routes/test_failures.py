@@ -146,7 +146,7 @@ def test_a_draining_service_takes_nothing_new(own_api: Api) -> None:
 
 
 def test_an_unexpected_error_is_a_500_without_details(own_api: Api, caplog: pytest.LogCaptureFixture) -> None:
-    own_api.engine.submit = lambda request: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    own_api.engine.submit = lambda request, receive: 1 / 0  # type: ignore[method-assign,assignment]
     answer = own_api.post(*GENERATE, headers={"X-Request-Id": "abc"})
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
     assert answer.headers["X-Request-Id"] == "abc"
