@@ -5,13 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from service.schemas.messages import Function
-from service.schemas.responses import (
-    InputTokensDetails,
-    OutputTokensDetails,
-    ResponseAnswer,
-    ResponseRequest,
-    ResponseUsage,
-)
+from service.schemas.response_answers import InputTokensDetails, OutputTokensDetails, ResponseAnswer, ResponseUsage
+from service.schemas.responses import ResponseRequest
 
 ECHOED_TOOL_FIELDS = {"type", *Function.model_fields}
 

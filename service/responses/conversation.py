@@ -12,7 +12,6 @@ from service.schemas.messages import CalledFunction, Function, Message, NamedFun
 from service.schemas.requests import Conversation
 from service.schemas.response_items import AnyItem, InputFunctionCall, InputFunctionCallOutput, InputMessage
 from service.schemas.responses import AllowedTools, FunctionTool, NamedFunctionChoice, ResponseRequest
-from service.schemas.structured import JsonSchemaFormat, ResponseFormat
 
 CHAT_NAMES = {
     "messages": "input",
@@ -31,18 +30,6 @@ def conversation_of(body: ResponseRequest) -> Conversation:
         parallel_tool_calls=body.parallel_tool_calls,
         chat_template_kwargs=body.chat_template_kwargs,
     )
-
-
-def response_format_of(body: ResponseRequest) -> ResponseFormat | None:
-    chosen = None if body.text is None else body.text.format
-    if chosen is None:
-        return None
-    if chosen.json_schema is None:
-        return ResponseFormat(type=chosen.type)
-    wanted = JsonSchemaFormat(
-        name=chosen.name, description=chosen.description, strict=chosen.strict, schema=chosen.json_schema
-    )
-    return ResponseFormat(type=chosen.type, json_schema=wanted)
 
 
 def chat_messages(instructions: str | None, items: Sequence[AnyItem]) -> list[Message]:

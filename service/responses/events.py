@@ -11,14 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from uuid import uuid4
 
-from service.schemas.response_items import (
-    ItemStatus,
+from service.schemas.response_answers import (
+    IncompleteDetails,
     OutputFunctionCall,
     OutputItem,
     OutputMessage,
     OutputText,
+    ResponseAnswer,
+    ResponseError,
+    ResponseUsage,
 )
-from service.schemas.responses import IncompleteDetails, ResponseAnswer, ResponseError, ResponseUsage
+from service.schemas.response_items import ItemStatus
 
 Event = dict[str, Any]
 Ending = Literal["completed", "incomplete", "failed"]

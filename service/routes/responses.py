@@ -22,7 +22,8 @@ from service.responses.events import Event, ResponseEvents
 from service.routes.conversations import plan_chat
 from service.routes.logprobs import chat_logprobs
 from service.routes.replies import STREAMED, Reply, new_reply
-from service.schemas.responses import ResponseAnswer, ResponseRequest
+from service.schemas.response_answers import ResponseAnswer
+from service.schemas.responses import ResponseRequest
 from service.services import Services, ServicesDep
 from service.sse import event, event_stream, unless_gone
 from service.tools.parser import ArgumentsDelta, CallStart, ContentDelta, ToolParser

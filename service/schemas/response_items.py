@@ -1,4 +1,4 @@
-"""The items of /v1/responses: those of a conversation that clients send, and those of an answer."""
+"""The items of a conversation that clients send to /v1/responses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pydantic import Field, GetJsonSchemaHandler, PlainValidator, TypeAdapter, W
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from service.schemas.answers import Answer, TokenLogprob
 from service.schemas.fields import Only
 from service.schemas.messages import NAME_PATTERN
 from trainer.config import Strict
@@ -132,32 +131,3 @@ def _parse_input(value: object, _: object) -> tuple[AnyItem, ...]:
 
 Input = Annotated[Items, WrapValidator(_parse_input), _TextOrItems()]
 """A text, or the items of a conversation."""
-
-
-class OutputText(Answer):
-    type: Literal["output_text"] = "output_text"
-    text: str
-    annotations: list[dict[str, Any]] = Field(default_factory=list)
-    logprobs: list[TokenLogprob] = Field(default_factory=list)
-
-
-class OutputMessage(Answer):
-    id: str
-    type: Literal["message"] = "message"
-    status: ItemStatus
-    role: Literal["assistant"] = "assistant"
-    content: list[OutputText]
-
-
-class OutputFunctionCall(Answer):
-    id: str
-    type: Literal["function_call"] = "function_call"
-    status: ItemStatus
-    call_id: str
-    """What the item with the result of the call names."""
-    name: str
-    arguments: str
-    """A JSON object, as text."""
-
-
-OutputItem = OutputMessage | OutputFunctionCall

@@ -1,4 +1,4 @@
-"""POST /v1/responses: what it takes and answers. Null means the default, as everywhere."""
+"""The body of POST /v1/responses. Null means the default, as everywhere."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from pydantic import (
     model_validator,
 )
 
-from service.schemas.answers import Answer
 from service.schemas.fields import MaxTokens, NumLogprobs, Only
 from service.schemas.messages import CHOICES, MAX_TOOLS, Function
 from service.schemas.requests import BaseSampling
-from service.schemas.response_items import Input, OutputItem
+from service.schemas.response_items import Input
+from service.schemas.structured import JsonSchemaFormat, ResponseFormat
 from trainer.config import Strict
 
-Status = Literal["in_progress", "completed", "incomplete", "failed"]
 NOTHING_STORED = "nothing is stored here: send the whole conversation in input"
 LOGPROBS = "message.output_text.logprobs"
 Includable = Literal[
@@ -216,75 +215,13 @@ class ResponseRequest(BaseSampling):
         """How many alternatives are wanted beside each token of the answer; None is no log probabilities at all."""
         return (self.top_logprobs or 0) if self.top_logprobs or LOGPROBS in (self.include or ()) else None
 
-
-class IncompleteDetails(Answer):
-    reason: Literal["max_output_tokens"]
-
-
-class ResponseError(Answer):
-    code: str
-    message: str
-
-
-class InputTokensDetails(Answer):
-    cached_tokens: int
-    """Those that were not computed, since the prefix cache had them."""
-    cache_write_tokens: int = 0
-    """0: nothing is charged for writing to the cache, and it is not counted."""
-
-
-class OutputTokensDetails(Answer):
-    reasoning_tokens: int = 0
-
-
-class ResponseUsage(Answer):
-    input_tokens: int
-    """Ids that the model was given."""
-    input_tokens_details: InputTokensDetails
-    output_tokens: int
-    """Ids that it generated, the one that ended the answer included."""
-    output_tokens_details: OutputTokensDetails
-    total_tokens: int
-
-
-class NoReasoning(Answer):
-    effort: None = None
-    summary: None = None
-
-
-class ResponseAnswer(Answer):
-    id: str
-    object: Literal["response"] = "response"
-    created_at: int
-    status: Status
-    """`incomplete`: max_output_tokens ended it. `failed`: the service did."""
-    completed_at: int | None = None
-    error: ResponseError | None = None
-    incomplete_details: IncompleteDetails | None = None
-    model: str
-    """The model that answered."""
-    system_fingerprint: str
-    """`ts-` and a hash of the weights that answered."""
-    output: list[OutputItem] = Field(default_factory=list)
-    usage: ResponseUsage | None = None
-    store: Literal[False] = False
-    """Nothing is stored: send the whole conversation with each request."""
-    background: Literal[False] = False
-    previous_response_id: None = None
-    truncation: Literal["disabled"] = "disabled"
-    reasoning: NoReasoning = NoReasoning()
-    service_tier: Literal["default"] = "default"
-    instructions: str | None
-    max_output_tokens: int | None
-    max_tool_calls: int | None
-    temperature: float
-    top_p: float
-    top_logprobs: int
-    text: dict[str, Any]
-    tools: list[dict[str, Any]]
-    tool_choice: str | dict[str, Any]
-    parallel_tool_calls: bool
-    metadata: dict[str, str]
-    user: str | None
-    safety_identifier: str | None
-    prompt_cache_key: str | None
+    @property
+    def response_format(self) -> ResponseFormat | None:
+        """`text.format` in the form that it has in chats."""
+        chosen = None if self.text is None else self.text.format
+        if chosen is None or chosen.json_schema is None:
+            return None if chosen is None else ResponseFormat(type=chosen.type)
+        wanted = JsonSchemaFormat(
+            name=chosen.name, description=chosen.description, strict=chosen.strict, schema=chosen.json_schema
+        )
+        return ResponseFormat(type=chosen.type, json_schema=wanted)

@@ -6,7 +6,7 @@ import pytest
 
 from lm.errors import UserError
 from service.errors import ApiError
-from service.responses.conversation import conversation_of, renamed, response_format_of
+from service.responses.conversation import conversation_of, renamed
 from service.schemas.responses import ResponseRequest
 
 CALL = {"type": "function_call", "call_id": "call_a", "name": "weather", "arguments": '{"city":"Oslo"}'}
@@ -107,16 +107,16 @@ def test_allowed_tools_leave_the_others_out() -> None:
 def test_a_format_is_that_of_a_chat() -> None:
     schema = {"type": "object", "properties": {}}
     wanted = {"type": "json_schema", "name": "thing", "schema": schema, "strict": True}
-    found = response_format_of(request(text={"format": wanted}))
+    found = request(text={"format": wanted}).response_format
     assert found is not None
     assert found.model_dump(by_alias=True, exclude_none=True) == {
         "type": "json_schema",
         "json_schema": {"name": "thing", "schema": schema, "strict": True},
     }
-    plain = response_format_of(request(text={"format": {"type": "json_object"}, "verbosity": "medium"}))
+    plain = request(text={"format": {"type": "json_object"}, "verbosity": "medium"}).response_format
     assert plain is not None
     assert (plain.type, plain.json_schema) == ("json_object", None)
-    assert response_format_of(request()) is None
+    assert request().response_format is None
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from openai.resources.responses import Responses
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
-from service.schemas.responses import ResponseAnswer, ResponseRequest
+from service.schemas.response_answers import ResponseAnswer
+from service.schemas.responses import ResponseRequest
 from tests.support.api import Api
 from tests.support.scripted_engine import CONTEXT, READY
 
