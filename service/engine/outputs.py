@@ -22,7 +22,7 @@ def tell_step(step: Step, output: Output, now: float) -> tuple[list[TokenOutput]
         if is_plain and chunk.samples:
             outputs.append(TokenOutput(request_id=sequence.request_id, token_ids=(sequence.token_ids[-1],)))
         elif sequence.error is not None:
-            failures.append(RequestFailed(request_id=sequence.request_id, message=sequence.error, kind="internal"))
+            failures.append(RequestFailed(request_id=sequence.request_id, message=sequence.error, kind="invalid"))
         else:
             untold = _untold(chunk, of_prompt or ())
             if chunk.samples or untold or sequence.finish_reason is not None:

@@ -22,11 +22,15 @@ class Matcher(Protocol):
         """Set a bit for each token that may come next. Matchers do not disturb each other: any thread may call."""
 
     def accept(self, token_id: int) -> bool:
-        """Go on by one token; False when the grammar has no such token here."""
+        """Go on by one token; False when the grammar has no such token here, or when it cannot be followed further."""
 
     @property
     def is_over(self) -> bool:
         """Whether nothing but the end may follow."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why `accept` said no."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -87,18 +91,13 @@ class Sequence:
         self.token_ids.append(token_id)
         if self.first_token is None:
             self.first_token = now
-        if token_id in self.stop_token_ids:
+        if self.matcher is not None and not self.matcher.accept(token_id):
+            self.finish_reason = "abort"
+            self.error = f"the answer could not be made to follow its grammar to the end: {self.matcher.failure}"
+        elif token_id in self.stop_token_ids or (self.matcher is not None and self.matcher.is_over):
             self.finish_reason = "stop"
         elif len(self.token_ids) - self.num_prompt_tokens >= self.sampling.max_tokens:
             self.finish_reason = "length"
-        if self.matcher is not None and self.finish_reason != "stop":
-            self._follow(self.matcher, token_id)
-
-    def _follow(self, matcher: Matcher, token_id: int) -> None:
-        if not matcher.accept(token_id):
-            self.finish_reason, self.error = "abort", f"the grammar does not allow token {token_id} here"
-        elif matcher.is_over:
-            self.finish_reason = "stop"
 
     def timing(self, now: float) -> RequestTiming:
         """How the time went, for a request that ends now."""

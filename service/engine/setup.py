@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -16,12 +15,12 @@ from lm.errors import UserError
 from lm.ops import choose_ops
 from service.engine.blocks import BlockPool
 from service.engine.core import Engine, Parts
+from service.engine.grammar import GrammarCompiler
 from service.engine.loader import Target
 from service.engine.messages import EngineConfig, EngineReady
 from service.engine.pool import PoolPlan, plan_pool, pool_budget
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
-from service.engine.sequence import Matcher
 from service.engine.weights import WeightStore
 
 logger = logging.getLogger(__name__)
@@ -62,18 +61,12 @@ def build_engine(config: EngineConfig, *, wake: Callable[[], None] = lambda: Non
         ),
         weights=WeightStore(target, swap=config.swap, wake=wake),
         target=target,
-        compile_grammar=_compile_grammar,
+        compile_grammar=GrammarCompiler(Path(config.base_dir), target.config.vocab_size).compile,
         wake=wake,
         used_memory=lambda: memory_figures(device.device).allocated,
         seed=config.seed,
     )
     return Engine(parts)
-
-
-def _compile_grammar(grammar: str) -> Future[Matcher]:
-    future: Future[Matcher] = Future()
-    future.set_exception(UserError("grammar: structured output is not available"))
-    return future
 
 
 def _plan_pool(config: EngineConfig, target: Target, block_size: int) -> PoolPlan:
