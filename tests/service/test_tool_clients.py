@@ -23,7 +23,7 @@ from tests.support.tiny import VOCAB_SIZE, make_tiny_llama
 FORMATS = ("described", "llama3.2", "mistral_small")
 MARKERS = {"mistral_small": ("[TOOL_CALLS]", "[ARGS]")}
 """Special tokens of the format, which decoding leaves out of a text."""
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "object",
     "properties": {
         "city": {"type": "string", "maxLength": 6},
@@ -36,7 +36,7 @@ TOOLS: Any = [
     {"type": "function", "function": {"name": "get_weather", "description": "Tell the weather", "parameters": WEATHER}},
     {"type": "function", "function": {"name": "now", "description": "Tell the time"}},
 ]
-SCHEMAS = {"get_weather": WEATHER, "now": {"type": "object", "maxProperties": 0}}
+SCHEMAS: dict[str, dict[str, Any]] = {"get_weather": WEATHER, "now": {"type": "object", "maxProperties": 0}}
 NAMED: Any = {"type": "function", "function": {"name": "get_weather"}}
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Weather in 北京?"}]
 DEFAULTS: dict[str, Any] = {
@@ -162,5 +162,6 @@ def test_the_clients_own_parser_reads_the_arguments(client: openai.OpenAI) -> No
     answer = client.chat.completions.parse(
         model="tiny", messages=MESSAGES, tools=[tool], tool_choice="required", parallel_tool_calls=False, seed=3
     )
-    (call,) = answer.choices[0].message.tool_calls or ()
-    assert isinstance(call.function.parsed_arguments, GetWeather)
+    calls = answer.choices[0].message.tool_calls or []
+    assert len(calls) == 1
+    assert isinstance(calls[0].function.parsed_arguments, GetWeather)
