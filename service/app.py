@@ -13,7 +13,18 @@ from service.api_document import openapi_document
 from service.auth import Authentication
 from service.errors import install_error_handlers
 from service.middleware import BodyLimit, RequestId
-from service.routes import chat, checkpoints, completions, files, finetune, generate, health, models, responses
+from service.routes import (
+    chat,
+    checkpoints,
+    completions,
+    files,
+    finetune,
+    generate,
+    health,
+    models,
+    responses,
+    tokenize,
+)
 from service.services import Services, running_services
 from service.settings import Settings
 from service.sse import ClientGone
@@ -26,6 +37,7 @@ ROUTERS = (
     chat.router,
     responses.router,
     models.router,
+    tokenize.router,
     files.router,
     health.router,
 )

@@ -34,15 +34,21 @@ class Codec:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
-    async def encode_chat(self, messages: Sequence[Message], **options: Unpack[RenderOptions]) -> list[int]:
+    async def encode_chat(
+        self, messages: Sequence[Message], *, add_special_tokens: bool = False, **options: Unpack[RenderOptions]
+    ) -> list[int]:
         """Raises UserError for messages and options that the template refuses. The prompt ends where an answer begins,
-        unless they say otherwise.
+        unless they say otherwise. Special tokens around it are the template's, as a rule.
         """
         if not options.get("continue_final_message"):
             options.setdefault("add_generation_prompt", True)
-        if not options.get("tools") and sum(len(message.get("content") or "") for message in messages) < LONG_TEXT:
-            return self.template.encode(messages, **options)
-        return await asyncio.to_thread(self.template.encode, messages, **options)
+
+        def work() -> list[int]:
+            text = self.template.render(messages, **options)
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+        is_long = sum(len(message.get("content") or "") for message in messages) >= LONG_TEXT
+        return await asyncio.to_thread(work) if is_long or options.get("tools") else work()
 
     def check_ids(self, ids: Sequence[int]) -> list[int]:
         """Raises UserError for an id that the model does not have."""

@@ -29,12 +29,26 @@ async def list_models(services: ServicesDep) -> ModelList:
 async def get_model(model: str, services: ServicesDep) -> Model:
     """One model. `latest` and the aliases of the settings are what is served."""
     served = services.serving.served
-    if served is not None and model in (LATEST, *services.settings.served_model_aliases):
+    if served is not None and model in _names_of_served(services):
         return _model(services, served)
+    return _model(services, _find(services, model))
+
+
+def check_model(services: Services, model: str | None) -> None:
+    """Raises NotFoundError for a `model` that no request may name. Needs no engine."""
+    if model is not None and model not in _names_of_served(services) and not services.settings.allow_unknown_model:
+        _find(services, model)
+
+
+def _find(services: Services, model: str) -> Entry:
     for entry in services.serving.servable():
         if entry.id == model:
-            return _model(services, entry)
+            return entry
     raise NotFoundError(f"model: there is no model {model!r:.120}; GET /v1/models lists them", param="model")
+
+
+def _names_of_served(services: Services) -> tuple[str, ...]:
+    return (LATEST, *services.settings.served_model_aliases)
 
 
 @router.post("/models", status_code=201, responses={200: {"model": BaseModelAnswer}}, tags=["Checkpoints"])
@@ -62,7 +76,7 @@ def _check_name(services: Services, name: str) -> None:
             f"at most {MAX_NAME}",
             param="name",
         )
-    if name in (LATEST, *services.settings.served_model_aliases):
+    if name in _names_of_served(services):
         raise conflict(f"name: {name!r} means what is served; choose another name", param="name")
 
 
