@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +21,7 @@ from service.engine.random_numbers import uniforms
 from service.engine.rows import DRAWS, EDITS, LOGPROBS, MASK, MIN_P, Rows, Words
 from service.engine.sampler import SamplingPlan
 from service.engine.sequence import Chunk
-from service.engine.words import Sections, Shape, padded_sizes, power_of_two, round_up
-
-Integers = NDArray[np.int32]
+from service.engine.words import Fields, Shape, padded_sizes, power_of_two, round_up
 
 FEWEST_EDITS = 64
 """Room that edits take at least, so that a growing answer changes the shape seldom."""
@@ -51,7 +50,7 @@ class Sizes:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Batch:
     """The chunks of one forward."""
 
@@ -60,8 +59,6 @@ class Batch:
     places: list[int]
     """Where the chunks stand in the step."""
     rows: NDArray[np.intp]  # (B,) of `Rows`
-    starts: Integers  # (B,)
-    ends: Integers  # (B,)
     sampling: list[int]
     """Which of the chunks sample."""
     shape: Shape
@@ -79,61 +76,67 @@ class Batch:
         """One token in each row, and every row samples."""
         return self.shape.tokens == 1 and len(self.sampling) == len(self.chunks)
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.end - chunk.start for chunk in self.chunks)
 
-def group(chunks: Items[Chunk], sizes: Sizes) -> list[list[int]]:
-    """Places of the chunks that go through one forward: the same weights, the same padded number of tokens, and log
-    probabilities of the prompt for all or none."""
-    groups: dict[tuple[int | None, int, bool], list[int]] = {}
-    for place, chunk in enumerate(chunks):
-        sequence, num_tokens = chunk.sequence, chunk.end - chunk.start
-        padded = 1 if num_tokens == 1 else round_up(num_tokens, sizes.tokens)
-        key = (sequence.generation, padded, _wants_prompt_logprobs(chunk))
+
+class Group(NamedTuple):
+    """What chunks have in common that go through one forward."""
+
+    generation: int | None
+    num_tokens: int
+    """Padded, of each."""
+    has_prompt_logprobs: bool
+
+
+def group(chunks: Items[Chunk], sizes: Sizes) -> dict[Group, list[int]]:
+    """The places of the chunks of each forward."""
+    groups: dict[Group, list[int]] = {}
+    for place, (sequence, start, end, _) in enumerate(chunks):
+        padded = 1 if end - start == 1 else round_up(end - start, sizes.tokens)
+        wants = sequence.sampling.prompt_logprobs is not None and start + 1 < sequence.num_prompt_tokens
+        key = Group(sequence.generation, padded, wants)
         if key in groups:
             groups[key].append(place)
         else:
             groups[key] = [place]
-    return list(groups.values())
+    return groups
 
 
-def _wants_prompt_logprobs(chunk: Chunk) -> bool:
-    sequence = chunk.sequence
-    return sequence.sampling.prompt_logprobs is not None and chunk.start + 1 < sequence.num_prompt_tokens
-
-
-def plan_batch(step: Items[Chunk], places: list[int], rows: Rows, sizes: Sizes) -> Batch:
+def plan_batch(key: Group, step: Items[Chunk], places: list[int], rows: Rows, sizes: Sizes) -> Batch:
+    """How the chunks at these places of the step are computed."""
+    assert key.generation is not None
     chunks = [step[place] for place in places]
-    generation = chunks[0].sequence.generation
-    assert generation is not None
-    indices = np.array([chunk.sequence.row for chunk in chunks], dtype=np.intp)
-    ends = np.array([chunk.end for chunk in chunks], dtype=np.int32)
-    starts = np.array([chunk.start for chunk in chunks], dtype=np.int32)
     sampling = [index for index, chunk in enumerate(chunks) if chunk.samples]
-    sampled = indices if len(sampling) == len(chunks) else indices[sampling]
-    needs = int(np.bitwise_or.reduce(rows.needs[sampled])) if sampling else 0
+    indices = [_row(chunk) for chunk in chunks]
+    sampled = [indices[index] for index in sampling]
+    needs = 0
+    for row in sampled:
+        needs |= rows.needs[row]
     edited = _edited(chunks, sampling, rows) if needs & EDITS else []
-    masked = _masked(sampled, rows) if needs & MASK else []
-    prompt_tops = [chunk.sequence.sampling.prompt_logprobs for chunk in chunks if _wants_prompt_logprobs(chunk)]
+    masked = [number for number, row in enumerate(sampled) if rows.needs[row] & MASK] if needs & MASK else []
     tops = [chunks[index].sequence.sampling.logprobs for index in sampling] if needs & LOGPROBS else []
+    prompt_tops = [chunk.sequence.sampling.prompt_logprobs for chunk in chunks] if key.has_prompt_logprobs else []
+    num_blocks = blocks_for(max([chunk.end for chunk in chunks]), sizes.block_size)
     return Batch(
-        generation=generation,
+        generation=key.generation,
         chunks=chunks,
         places=places,
-        rows=indices,
-        starts=starts,
-        ends=ends,
+        rows=np.array(indices, dtype=np.intp),
         sampling=sampling,
         shape=Shape(
             rows=round_up(len(chunks), sizes.rows),
-            tokens=round_up(int((ends - starts).max()), sizes.tokens),
-            blocks=round_up(blocks_for(int(ends.max()), sizes.block_size), sizes.blocks),
+            tokens=key.num_tokens,
+            blocks=round_up(num_blocks, sizes.blocks),
             samples=round_up(len(sampling), sizes.rows),
             edits=max(FEWEST_EDITS, power_of_two(sum(size for _, _, size in edited))) if edited else 0,
             masks=power_of_two(1 + len(masked)) if masked else 0,
-            has_targets=bool(prompt_tops),
+            has_targets=key.has_prompt_logprobs,
         ),
         plan=SamplingPlan(
             is_greedy=not needs & DRAWS,
-            num_candidates=int(rows.num_candidates[sampled].max()) if needs & DRAWS else 0,
+            num_candidates=max([rows.num_candidates[row] for row in sampled]) if needs & DRAWS else 0,
             has_min_p=bool(needs & MIN_P),
         ),
         num_logprobs=_most(tops, sizes),
@@ -143,6 +146,12 @@ def plan_batch(step: Items[Chunk], places: list[int], rows: Rows, sizes: Sizes) 
     )
 
 
+def _row(chunk: Chunk) -> int:
+    row = chunk.sequence.row
+    assert row is not None
+    return row
+
+
 def _most(tops: Iterable[int | None], sizes: Sizes) -> int | None:
     most = max((-1 if top is None else top for top in tops), default=-1)
     return None if most < 0 else top_size(most, sizes.vocab_size)
@@ -150,54 +159,45 @@ def _most(tops: Iterable[int | None], sizes: Sizes) -> int | None:
 
 def _edited(chunks: list[Chunk], sampling: list[int], rows: Rows) -> list[tuple[int, TokenEdits, int]]:
     edited = []
-    for row, index in enumerate(sampling):
-        sequence = chunks[index].sequence
-        assert sequence.row is not None
-        edits = rows.edits[sequence.row]
-        if edits is not None and (size := edits.advance(sequence.token_ids)):
-            edited.append((row, edits, size))
+    for number, index in enumerate(sampling):
+        edits = rows.edits[_row(chunks[index])]
+        if edits is not None and (size := edits.advance(chunks[index].sequence.token_ids)):
+            edited.append((number, edits, size))
     return edited
 
 
-def _masked(sampled: NDArray[np.intp], rows: Rows) -> list[int]:
-    masked: list[int] = np.flatnonzero(rows.needs[sampled] & MASK).tolist()
-    return masked
-
-
-def write_words(batch: Batch, sections: Sections[Words], rows: Rows, sizes: Sizes) -> None:
+def write_words(batch: Batch, fields: Fields[Words], rows: Rows, sizes: Sizes) -> None:
     """Fill the words of one forward, which are zero before."""
-    _write_tokens(batch, sections, rows, sizes.block_size)
+    fields.table[: len(batch.chunks)] = rows.table[batch.rows, : batch.shape.blocks]
+    _write_tokens(batch, fields.tokens[:, : len(batch.chunks)], rows.table, sizes.block_size)
     if batch.shape.has_targets:
-        _write_targets(batch, sections.targets)
+        for row, chunk in enumerate(batch.chunks):
+            following = following_tokens(chunk)
+            fields.targets[row, : len(following)] = following
     if batch.sampling:
-        _write_sampling(batch, sections, rows)
+        _write_sampling(batch, fields, rows)
     if batch.edited:
-        _write_edits(batch, sections.edits.reshape(3, -1), sizes.vocab_size)
+        _write_edits(batch, fields.edits, sizes.vocab_size)
     if batch.masked:
-        sections.mask_rows[batch.masked] = np.arange(1, len(batch.masked) + 1)
+        fields.mask_rows[batch.masked] = np.arange(1, len(batch.masked) + 1)
 
 
-def _write_tokens(batch: Batch, sections: Sections[Words], rows: Rows, block_size: int) -> None:
-    num_rows, shape = len(batch.chunks), batch.shape
-    ids, positions, slots = sections.tokens.reshape(3, shape.rows, shape.tokens)[:, :num_rows]
-    if shape.tokens == 1:
-        ids[:, 0] = [chunk.sequence.token_ids[chunk.start] for chunk in batch.chunks]
-    else:
-        for row, (sequence, start, end, _) in enumerate(batch.chunks):
-            ids[row, : end - start] = sequence.token_ids[start:end]
-    offsets = np.arange(shape.tokens, dtype=np.int32)
-    is_token = offsets < (batch.ends - batch.starts)[:, None]
-    positions[:] = (batch.starts[:, None] + offsets) * is_token
-    index, offset = np.divmod(positions, block_size)
-    slots[:] = (rows.table[batch.rows[:, None], index] * block_size + offset) * is_token
-    sections.table.reshape(shape.rows, shape.blocks)[:num_rows] = rows.table[batch.rows, : shape.blocks]
-
-
-def _write_targets(batch: Batch, targets: Words) -> None:
-    grid = targets.reshape(batch.shape.rows, batch.shape.tokens)
-    for row, chunk in enumerate(batch.chunks):
-        following = following_tokens(chunk)
-        grid[row, : len(following)] = following
+def _write_tokens(batch: Batch, tokens: Words, table: Words, block_size: int) -> None:
+    ids, positions, slots = tokens
+    if batch.shape.tokens == 1:
+        ids[:, 0] = [sequence.token_ids[start] for sequence, start, _, _ in batch.chunks]
+        positions[:, 0] = [chunk.start for chunk in batch.chunks]
+        slots[:, 0] = [
+            sequence.blocks[start // block_size] * block_size + start % block_size
+            for sequence, start, _, _ in batch.chunks
+        ]
+        return
+    for row, (sequence, start, end, _) in enumerate(batch.chunks):
+        where = np.arange(start, end, dtype=np.int32)
+        blocks = table[batch.rows[row], where // block_size]
+        ids[row, : end - start] = sequence.token_ids[start:end]
+        positions[row, : end - start] = where
+        slots[row, : end - start] = blocks * block_size + where % block_size
 
 
 def following_tokens(chunk: Chunk) -> list[int]:
@@ -205,17 +205,18 @@ def following_tokens(chunk: Chunk) -> list[int]:
     return chunk.sequence.token_ids[chunk.start + 1 : min(chunk.end + 1, chunk.sequence.num_prompt_tokens)]
 
 
-def _write_sampling(batch: Batch, sections: Sections[Words], rows: Rows) -> None:
-    num_rows, shape = len(batch.sampling), batch.shape
-    indices, ends, lasts = batch.rows, batch.ends, batch.ends - batch.starts - 1
-    lasts = lasts + shape.tokens * np.arange(len(lasts), dtype=np.int32)
-    if num_rows < len(batch.chunks):
-        indices, ends, lasts = indices[batch.sampling], ends[batch.sampling], lasts[batch.sampling]
-    sections.last[:num_rows] = lasts
+def _write_sampling(batch: Batch, fields: Fields[Words], rows: Rows) -> None:
+    num_rows, chunks, indices = len(batch.sampling), batch.chunks, batch.rows
+    if not batch.is_dense:
+        num_tokens = batch.shape.tokens
+        fields.last[:num_rows] = [
+            index * num_tokens + chunks[index].end - chunks[index].start - 1 for index in batch.sampling
+        ]
+        indices = indices[batch.sampling]
     if not batch.plan.is_greedy:
-        sampling = sections.sampling.reshape(5, shape.samples)
-        sampling[:4, :num_rows] = rows.sampling[:, indices]
-        sampling[4, :num_rows] = uniforms(rows.keys[indices], ends).view(np.int32)
+        ends = np.array([chunks[index].end for index in batch.sampling], dtype=np.int32)
+        fields.sampling[:4, :num_rows] = rows.sampling[:, indices]
+        fields.sampling[4, :num_rows] = uniforms(rows.keys[indices], ends).view(np.int32)
 
 
 def _write_edits(batch: Batch, edits: Words, vocab_size: int) -> None:

@@ -32,8 +32,8 @@ class Rows:
         self.sampling = np.zeros((4, num_rows), dtype=np.int32)
         """Temperature, top_k, top_p, min_p of each row; all but top_k are the bits of an fp32."""
         self._floats = self.sampling.view(np.float32)
-        self.num_candidates = np.zeros(num_rows, dtype=np.int32)
-        self.needs = np.zeros(num_rows, dtype=np.uint8)
+        self.num_candidates = [0] * num_rows
+        self.needs = [0] * num_rows
         self.keys = np.zeros(num_rows, dtype=np.uint64)
         """Of the streams of random numbers."""
         self.edits: list[TokenEdits | None] = [None] * num_rows

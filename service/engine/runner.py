@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from itertools import pairwise, repeat
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -27,10 +28,10 @@ from service.engine.logprobs import pack_logprobs, pack_prompt_logprobs, unpack_
 from service.engine.masks import MaskFiller
 from service.engine.messages import Logprobs
 from service.engine.rows import Rows, Words
-from service.engine.sampler import EditInputs, MaskInputs, SamplingInputs, edit, mask, sample
+from service.engine.sampler import MaskInputs, edit, mask, sample
 from service.engine.sequence import Chunk
 from service.engine.step_input import StepInput
-from service.engine.words import Buffer, Sections
+from service.engine.words import Buffer, Frame
 
 FIRST_BUFFER_WORDS = 1 << 16
 
@@ -51,15 +52,15 @@ class ForwardFigures(NamedTuple):
         return self.num_tokens == self.num_rows
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class Output:
-    token_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
     """One for each chunk that samples, in order."""
-    logprobs: list[Logprobs | None]
+    logprobs: list[Logprobs | None] = field(default_factory=list)
     """Of each of `token_ids`, where they are asked for."""
-    prompt_logprobs: dict[int, tuple[Logprobs, ...]]
+    prompt_logprobs: dict[int, tuple[Logprobs, ...]] = field(default_factory=dict)
     """By index of the chunk: of the prompt's tokens that follow those of the chunk."""
-    forwards: list[ForwardFigures]
+    forwards: list[ForwardFigures] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,7 +69,7 @@ class Work:
 
     batch: Batch
     model: CausalLM
-    words: Sections[Tensor]
+    frame: Frame
     logits: Tensor | None = None  # (S, V)
     prompt: list[Tensor] = field(default_factory=list)
     """Packed log probabilities, (..., words of a token) that make (B * T, words of a token)."""
@@ -110,106 +111,94 @@ class Runner:
         """Compute the chunks' keys and values, and sample where a chunk says so. `model_of` knows the generations."""
         begin = time.perf_counter()
         self._rows.refresh(chunks)
-        batches = [plan_batch(chunks, places, self._rows, self._sizes) for places in group(chunks, self._sizes)]
+        groups = group(chunks, self._sizes)
+        batches = [plan_batch(key, chunks, places, self._rows, self._sizes) for key, places in groups.items()]
         with StepInput(batches, self._rows, self._sizes, self._buffer, self._filler) as step_input:
             works = [
-                Work(batch=batch, model=model_of(batch.generation), words=words)
-                for batch, words in zip(batches, step_input.upload(), strict=True)
+                Work(batch=batch, model=model_of(batch.generation), frame=frame)
+                for batch, frame in zip(batches, step_input.frames, strict=True)
             ]
+            step_input.upload()
             marks = [time.perf_counter()]
             for work in works:
                 self._forward(work)
                 marks.append(time.perf_counter())
-            for work, masks in zip(works, step_input.upload_masks(), strict=True):
-                self._sample(work, masks)
-        output = Output(token_ids=[], logprobs=[], prompt_logprobs={}, forwards=[])
-        _unpack(works, output)
+            step_input.upload_masks()
+            for index, work in enumerate(works):
+                if work.logits is not None:
+                    work.sampled = self._sample(work, work.logits, step_input.masks_of(index))
+        output = _unpack(works)
         scale = (time.perf_counter() - begin) / (marks[-1] - marks[0])
         for batch, (earlier, later) in zip(batches, pairwise(marks), strict=True):
-            num_tokens = int((batch.ends - batch.starts).sum())
-            figures = ForwardFigures(batch.generation, len(batch.chunks), num_tokens, (later - earlier) * scale)
+            seconds = (later - earlier) * scale
+            figures = ForwardFigures(batch.generation, len(batch.chunks), batch.num_tokens, seconds)
             output.forwards.append(figures)
         return output
 
     def _forward(self, work: Work) -> None:
         """Hidden states, and what is made of them: log probabilities of the prompt, logits where rows sample."""
-        batch, words, shape = work.batch, work.words, work.batch.shape
-        ids, positions, slots = words.tokens.view(3, shape.rows, shape.tokens).unbind(0)
-        table = words.table.view(shape.rows, shape.blocks)
-        paged = PagedBatch(cache=self._cache, slot_mapping=slots.flatten(), block_table=table)
-        hidden = work.model(ids, positions, paged).flatten(0, 1)  # (B * T, W)
+        batch, frame, fields = work.batch, work.frame, work.frame.device
+        paged = PagedBatch(cache=self._cache, slot_mapping=frame.slots, block_table=fields.table)
+        hidden = work.model(frame.ids, frame.positions, paged).flatten(0, 1)  # (B * T, W)
         if batch.num_prompt_logprobs is not None:
             work.prompt = pack_prompt_logprobs(
                 hidden,
-                words.targets,
+                fields.targets.view(-1),
                 batch.num_prompt_logprobs,
                 logits_of=work.model.logits,
                 vocab_size=self._vocab_size,
             )
         if batch.sampling:
-            work.logits = work.model.logits(hidden if batch.is_dense else hidden.index_select(0, words.last))
+            work.logits = work.model.logits(hidden if batch.is_dense else hidden.index_select(0, fields.last))
 
-    def _sample(self, work: Work, masks: Tensor) -> None:
-        if work.logits is None:
-            return
-        batch, words, shape = work.batch, work.words, work.batch.shape
-        logits = work.logits
+    def _sample(self, work: Work, logits: Tensor, masks: Tensor) -> Tensor:
+        """(S, V) logits -> (S, 1) ids, or (S, 1 + words of a token) where log probabilities are asked for."""
+        batch, frame = work.batch, work.frame
+        chosen_from = logits
         if batch.edited:
-            index, divisor, addend = words.edits.view(3, shape.edits).unbind(0)
-            floats = {"divisor": divisor.view(torch.float32), "addend": addend.view(torch.float32)}
-            logits = edit(logits, EditInputs(index=index, **floats))
+            chosen_from = edit(chosen_from, frame.edits)
         if batch.masked:
-            logits = mask(logits, MaskInputs(words=masks.view(shape.masks, -1), rows=words.mask_rows))
-        token_ids = sample(logits, _sampling_inputs(words.sampling.view(5, shape.samples)), batch.plan)
-        packed = token_ids.unsqueeze(1)
-        if batch.num_logprobs is not None:
-            packed = torch.cat((packed, pack_logprobs(work.logits, token_ids, batch.num_logprobs)), 1)
-        work.sampled = packed
+            words = masks.view(batch.shape.masks, -1)
+            chosen_from = mask(chosen_from, MaskInputs(words=words, rows=frame.device.mask_rows))
+        token_ids = sample(chosen_from, frame.sampling, batch.plan)
+        if batch.num_logprobs is None:
+            return token_ids.unsqueeze(1)
+        return torch.cat((token_ids.unsqueeze(1), pack_logprobs(logits, token_ids, batch.num_logprobs)), 1)
 
 
-def _sampling_inputs(words: Tensor) -> SamplingInputs:
-    temperature, top_k, top_p, min_p, uniform = words.unbind(0)
-    return SamplingInputs(
-        temperature=temperature.view(torch.float32),
-        top_k=top_k,
-        top_p=top_p.view(torch.float32),
-        min_p=min_p.view(torch.float32),
-        uniform=uniform.view(torch.float32),
-    )
-
-
-def _unpack(works: Items[Work], output: Output) -> None:
+def _unpack(works: Items[Work]) -> Output:
     """Take the step's results to the host, by one copy, and put them where they belong."""
-    results = [result for work in works for result in work.results]
+    output = Output()
+    results = [result.view(-1) for work in works for result in work.results]
     if not results:
-        return
-    words: Words = torch.cat([result.flatten() for result in results]).cpu().numpy()
-    sampled: dict[int, tuple[int, Logprobs | None]] = {}
+        return output
+    words: Words = (results[0] if len(results) == 1 else torch.cat(results)).cpu().numpy()
+    sampled: list[tuple[int, int, Logprobs | None]] = []
     begin = 0
     for work in works:
-        end = begin + sum(part.numel() for part in work.prompt)
         if work.prompt:
+            end = begin + sum(part.numel() for part in work.prompt)
             output.prompt_logprobs.update(_unpack_prompts(work.batch, words[begin:end]))
-        begin = end
+            begin = end
         if work.sampled is not None:
             end = begin + work.sampled.numel()
-            sampled.update(_unpack_sampled(work.batch, words[begin:end].reshape(work.sampled.shape)))
+            sampled += _unpack_sampled(work.batch, words[begin:end].reshape(work.sampled.shape))
             begin = end
-    for place in sorted(sampled):
-        token_id, logprobs = sampled[place]
-        output.token_ids.append(token_id)
-        output.logprobs.append(logprobs)
+    if len(works) > 1:
+        sampled.sort(key=itemgetter(0))
+    output.token_ids += [token_id for _, token_id, _ in sampled]
+    output.logprobs += [logprobs for _, _, logprobs in sampled]
+    return output
 
 
-def _unpack_sampled(batch: Batch, words: Words) -> Iterator[tuple[int, tuple[int, Logprobs | None]]]:
-    """By place in the step."""
+def _unpack_sampled(batch: Batch, words: Words) -> Iterator[tuple[int, int, Logprobs | None]]:
+    """Place in the step, token and what is asked for, of each chunk that samples."""
     words = words[: len(batch.sampling)]
-    places = [batch.places[index] for index in batch.sampling]
     logprobs: Iterable[Logprobs | None] = repeat(None)
     if batch.num_logprobs is not None:
         wanted = [batch.chunks[index].sequence.sampling.logprobs for index in batch.sampling]
         logprobs = unpack_logprobs(words[:, 1:], wanted)
-    return zip(places, zip(words[:, 0].tolist(), logprobs, strict=False), strict=True)
+    return zip([batch.places[index] for index in batch.sampling], words[:, 0].tolist(), logprobs, strict=False)
 
 
 def _unpack_prompts(batch: Batch, words: Words) -> Iterator[tuple[int, tuple[Logprobs, ...]]]:

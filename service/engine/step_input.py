@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from concurrent.futures import Future, wait
+from itertools import accumulate
 from types import TracebackType
 from typing import Self
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from service.engine.batch import Batch, Sizes, write_words
 from service.engine.masks import ALL, MaskFiller, MaskJob
 from service.engine.rows import Rows, Words, mask_words
-from service.engine.words import Buffer, Sections, divide, section_sizes
+from service.engine.words import Buffer, num_words
 
 
 class StepInput:
@@ -20,15 +21,18 @@ class StepInput:
 
     def __init__(self, batches: Items[Batch], rows: Rows, sizes: Sizes, buffer: Buffer, filler: MaskFiller) -> None:
         self._buffer = buffer
-        self._sections = [section_sizes(batch.shape) for batch in batches]
-        self._num_inputs = [sum(section) for section in self._sections]
-        self._num_masks = [batch.shape.masks * mask_words(sizes.vocab_size) for batch in batches]
-        self._end = sum(self._num_inputs)
-        parts = divide(buffer.clear(self._end + sum(self._num_masks)), self._num_inputs + self._num_masks)
-        inputs, masks = parts[: len(batches)], parts[len(batches) :]
-        for batch, section, words in zip(batches, self._sections, inputs, strict=True):
-            write_words(batch, Sections(*divide(words, section)), rows, sizes)
-        jobs = [job for batch, words in zip(batches, masks, strict=True) for job in _mask_jobs(batch, words, rows)]
+        places = list(accumulate((num_words(batch.shape) for batch in batches), initial=0))
+        width = mask_words(sizes.vocab_size)
+        self._mask_places = list(accumulate((batch.shape.masks * width for batch in batches), initial=places[-1]))
+        words = buffer.clear(self._mask_places[-1])
+        self.frames = [buffer.frame(place, batch.shape) for place, batch in zip(places, batches, strict=False)]
+        for batch, frame in zip(batches, self.frames, strict=True):
+            write_words(batch, frame.host, rows, sizes)
+        jobs: list[MaskJob] = []
+        for place, batch in zip(self._mask_places, batches, strict=False):
+            if batch.masked:
+                masks = words[place : place + batch.shape.masks * width].reshape(-1, width)
+                jobs += _mask_jobs(batch, masks, rows)
         self._filling: Future[None] | None = filler.start(jobs)
 
     def __enter__(self) -> Self:
@@ -40,32 +44,26 @@ class StepInput:
         if self._filling is not None:
             wait([self._filling])
 
-    def upload(self) -> list[Sections[Tensor]]:
-        """The input of each batch, and masks if they are there already, on the device."""
-        num_masks = sum(self._num_masks) if self._filling is None else 0
-        words = self._buffer.upload(0, self._end + num_masks)[: self._end]
-        parts = zip(words.split(self._num_inputs), self._sections, strict=True)
-        return [Sections(*part.split(section)) for part, section in parts]
+    def upload(self) -> None:
+        """Everything, but for masks that are still being filled."""
+        self._buffer.upload(0, self._mask_places[-1 if self._filling is None else 0])
 
-    def upload_masks(self) -> tuple[Tensor, ...]:
-        """The masks of each batch (K * ceil(V / 32),) on the device; waits until they are filled."""
+    def upload_masks(self) -> None:
+        """Wait for the masks that were not there yet, if any."""
         if self._filling is not None:
             self._filling.result()
-            words = self._buffer.upload(self._end, self._end + sum(self._num_masks))
-        else:
-            words = self._buffer.uploaded(self._end, self._end + sum(self._num_masks))
-        parts: tuple[Tensor, ...] = words.split(self._num_masks)
-        return parts
+            self._buffer.upload(self._mask_places[0], self._mask_places[-1])
+
+    def masks_of(self, index: int) -> Tensor:
+        """(K * ceil(V / 32),) masks of one batch on the device."""
+        return self._buffer.uploaded(self._mask_places[index], self._mask_places[index + 1])
 
 
-def _mask_jobs(batch: Batch, words: Words, rows: Rows) -> list[MaskJob]:
+def _mask_jobs(batch: Batch, masks: Words, rows: Rows) -> list[MaskJob]:
     """Mask 0 is that of the rows without one."""
-    if not batch.masked:
-        return []
-    masks = words.reshape(batch.shape.masks, -1)
     masks[0] = ALL
-    sequences = [batch.chunks[batch.sampling[row]].sequence for row in batch.masked]
-    return [
-        MaskJob(masks[number], sequence.matcher, rows.masks[batch.rows[batch.sampling[row]]])
-        for number, (row, sequence) in enumerate(zip(batch.masked, sequences, strict=True), start=1)
-    ]
+    jobs = []
+    for number, row in enumerate(batch.masked, start=1):
+        index = batch.sampling[row]
+        jobs.append(MaskJob(masks[number], batch.chunks[index].sequence.matcher, rows.masks[batch.rows[index]]))
+    return jobs

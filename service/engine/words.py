@@ -6,7 +6,6 @@ Legend: B rows, T tokens a row, M blocks a row, S rows that sample, E edits, K m
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, NamedTuple, TypeVar
@@ -15,24 +14,14 @@ import torch
 from torch import Tensor
 
 from service.engine.rows import Words
+from service.engine.sampler import EditInputs, SamplingInputs
 
-ArrayT = TypeVar("ArrayT")
+ArrayT = TypeVar("ArrayT", Words, Tensor)
 
-
-class Sections(NamedTuple, Generic[ArrayT]):
-    """The input of one forward: parts of one array, on the host or on the device."""
-
-    tokens: ArrayT  # (3 * B * T,) ids, positions, slots
-    table: ArrayT  # (B * M,)
-    last: ArrayT  # (S,) index of the row's last token among B * T
-    sampling: ArrayT  # (5 * S,) temperature, top_k, top_p, min_p, uniform; all but top_k the bits of an fp32
-    edits: ArrayT  # (3 * E,) index, and the bits of divisor and addend
-    mask_rows: ArrayT  # (S,) or nothing without masks
-    targets: ArrayT  # (B * T,) the token after each, or nothing without log probabilities of the prompt
+MAX_FRAMES = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(NamedTuple):
     """The padded size of one forward."""
 
     rows: int
@@ -44,28 +33,58 @@ class Shape:
     has_targets: bool
 
 
-@lru_cache(maxsize=4096)
-def section_sizes(shape: Shape) -> tuple[int, ...]:
-    """Words of each section."""
-    num_tokens = shape.rows * shape.tokens
+class Fields(NamedTuple, Generic[ArrayT]):
+    """The input of one forward: parts of one array, on the host or on the device."""
+
+    tokens: ArrayT  # (3, B, T) ids, positions, slots
+    table: ArrayT  # (B, M)
+    last: ArrayT  # (S,) index of the row's last token among B * T
+    sampling: ArrayT  # (5, S) temperature, top_k, top_p, min_p, uniform; all but top_k the bits of an fp32
+    edits: ArrayT  # (3, E) index, and the bits of divisor and addend
+    mask_rows: ArrayT  # (S,) which mask is the row's, or nothing without masks
+    targets: ArrayT  # (B, T) the token after each, or nothing without log probabilities of the prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """The input of one forward at a place in the buffer. Its views serve every step with the same shape there."""
+
+    host: Fields[Words]
+    device: Fields[Tensor]
+    ids: Tensor  # (B, T)
+    positions: Tensor  # (B, T)
+    slots: Tensor  # (B * T,)
+    sampling: SamplingInputs
+    edits: EditInputs
+
+
+@lru_cache(maxsize=MAX_FRAMES)
+def num_words(shape: Shape) -> int:
+    """Of one forward, without its masks."""
+    return sum(rows * columns for rows, columns in _field_shapes(shape))
+
+
+def _field_shapes(shape: Shape) -> tuple[tuple[int, int], ...]:
     return (
-        3 * num_tokens,
-        shape.rows * shape.blocks,
-        shape.samples,
-        5 * shape.samples,
-        3 * shape.edits,
-        shape.samples if shape.masks else 0,
-        num_tokens if shape.has_targets else 0,
+        (3 * shape.rows, shape.tokens),
+        (shape.rows, shape.blocks),
+        (1, shape.samples),
+        (5, shape.samples),
+        (3, shape.edits),
+        (1, shape.samples if shape.masks else 0),
+        (shape.rows if shape.has_targets else 0, shape.tokens),
     )
 
 
-def divide(words: Words, sizes: Items[int]) -> list[Words]:
-    """Parts that follow each other; np.split takes ten times as long."""
-    parts, begin = [], 0
-    for size in sizes:
-        parts.append(words[begin : begin + size])
-        begin += size
-    return parts
+def _divide(words: ArrayT, shape: Shape) -> Fields[ArrayT]:
+    parts: list[ArrayT] = []
+    begin = 0
+    for rows, columns in _field_shapes(shape):
+        parts.append(words[begin : begin + rows * columns].reshape(rows, columns))
+        begin += rows * columns
+    tokens, table, last, sampling, edits, mask_rows, targets = parts
+    tokens = tokens.reshape(3, shape.rows, shape.tokens)
+    return Fields(tokens, table, last.reshape(-1), sampling, edits, mask_rows.reshape(-1), targets)
 
 
 def padded_sizes(limit: int) -> tuple[int, ...]:
@@ -93,6 +112,7 @@ class Buffer:
 
     def __init__(self, device: torch.device, num_words: int) -> None:
         self._device = device
+        self._frames: dict[tuple[int, Shape], Frame] = {}
         self._allocate(num_words)
 
     def clear(self, num_words: int) -> Words:
@@ -103,18 +123,49 @@ class Buffer:
         words.fill(0)
         return words
 
-    def upload(self, begin: int, end: int) -> Tensor:
-        """These words on the device, by one copy."""
-        part = self.uploaded(begin, end)
+    def frame(self, begin: int, shape: Shape) -> Frame:
+        """Within the words that were cleared."""
+        key = (begin, shape)
+        frame = self._frames.get(key)
+        if frame is None:
+            if len(self._frames) == MAX_FRAMES:
+                self._frames.clear()
+            frame = self._frames[key] = self._make_frame(begin, shape)
+        return frame
+
+    def upload(self, begin: int, end: int) -> None:
+        """Copy these words to the device, by one copy."""
         if self._input is not self._host:
-            part.copy_(self._host[begin:end])
-        return part
+            self._input[begin:end].copy_(self._host[begin:end])
 
     def uploaded(self, begin: int, end: int) -> Tensor:
-        """These words on the device, as they were uploaded."""
+        """These words on the device."""
         return self._input[begin:end]
 
+    def _make_frame(self, begin: int, shape: Shape) -> Frame:
+        part = slice(begin, begin + num_words(shape))
+        device = _divide(self._input[part], shape)
+        ids, positions, slots = device.tokens.unbind(0)
+        temperature, top_k, top_p, min_p, uniform = device.sampling.unbind(0)
+        index, divisor, addend = device.edits.unbind(0)
+        return Frame(
+            host=_divide(self._words[part], shape),
+            device=device,
+            ids=ids,
+            positions=positions,
+            slots=slots.reshape(-1),
+            sampling=SamplingInputs(
+                temperature=temperature.view(torch.float32),
+                top_k=top_k,
+                top_p=top_p.view(torch.float32),
+                min_p=min_p.view(torch.float32),
+                uniform=uniform.view(torch.float32),
+            ),
+            edits=EditInputs(index=index, divisor=divisor.view(torch.float32), addend=addend.view(torch.float32)),
+        )
+
     def _allocate(self, num_words: int) -> None:
+        self._frames.clear()
         self._host = torch.zeros(num_words, dtype=torch.int32)
         self._words: Words = self._host.numpy()
         self._input = self._host if self._device.type == "cpu" else torch.zeros_like(self._host, device=self._device)

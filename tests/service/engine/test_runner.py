@@ -28,6 +28,7 @@ class FixedMatcher:
     """Always the same tokens may come; notes what it was asked."""
 
     is_over = False
+    failure = None
 
     def __init__(self, allowed: set[int], before: Callable[[], None] = lambda: None) -> None:
         self._mask = pack_mask(allowed, VOCAB)
