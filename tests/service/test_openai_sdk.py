@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai.types import CompletionUsage
 
 from tests.support.server import Server, running_server
 from tests.support.tiny import make_tiny_llama
@@ -52,6 +53,12 @@ def wait_until_idle(server: Server, timeout: float = 10) -> None:
         time.sleep(0.05)
 
 
+def counts(usage: CompletionUsage | None) -> tuple[int, int, int]:
+    """Without what the cache had, which depends on what was asked before."""
+    assert usage is not None
+    return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
+
+
 def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.owned_by) == ("tiny", "tuneserve")
@@ -64,9 +71,9 @@ def test_a_streamed_completion_is_the_whole_one(client: openai.OpenAI) -> None:
     chunks = list(client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == whole.choices[0].finish_reason
-    assert chunks[-1].usage == whole.usage
-    assert whole.usage is not None
-    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    assert counts(chunks[-1].usage) == counts(whole.usage)
+    prompt, completion, total = counts(whole.usage)
+    assert total == prompt + completion
 
 
 def test_a_streamed_chat_is_the_whole_one(client: openai.OpenAI) -> None:
@@ -77,7 +84,7 @@ def test_a_streamed_chat_is_the_whole_one(client: openai.OpenAI) -> None:
     assert [delta.role for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
     assert "".join(delta.content or "" for delta in deltas) == whole.choices[0].message.content
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
-    assert (last.usage, last.system_fingerprint) == (whole.usage, whole.system_fingerprint)
+    assert (counts(last.usage), last.system_fingerprint) == (counts(whole.usage), whole.system_fingerprint)
     assert str(whole.system_fingerprint).startswith("ts-")
 
 
@@ -86,7 +93,7 @@ def test_a_chat_is_the_completion_of_its_rendered_prompt(client: openai.OpenAI) 
     prompt = f"<|im_start|>user\n{MESSAGES[1]['content']}<|im_end|>\n<|im_start|>assistant\n"
     text = client.completions.create(model="tiny", prompt=prompt, max_tokens=20, temperature=0)
     assert chat.choices[0].message.content == text.choices[0].text
-    assert chat.usage == text.usage
+    assert counts(chat.usage) == counts(text.usage)
 
 
 def test_a_batch_answers_each_prompt_as_alone(client: openai.OpenAI) -> None:
@@ -116,7 +123,7 @@ def test_a_stop_string_of_the_answer_cuts_it(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize(
     ("options", "param", "code"),
-    [({"max_tokens": 0}, "max_tokens", None), ({"max_tokens": "8"}, "max_tokens", None), ({"n": 2}, "n", None),
+    [({"max_tokens": 0}, "max_tokens", None), ({"max_tokens": "8"}, "max_tokens", None), ({"n": 129}, "n", None),
      ({"prompt": [5] * CONTEXT}, "prompt", "context_length_exceeded"), ({"prompt": [99999]}, "prompt", None),
      ({"extra_body": {"max_token": 3}}, "max_token", None)],
 )  # fmt: skip
