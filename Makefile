@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 export TORCH_DEVICE_BACKEND_AUTOLOAD := 0
 
-.PHONY: demo serve test check openapi bench npu-proof proof-loop proof-torchtune e2e setup
+.PHONY: demo serve test check openapi bench npu-proof proof-loop proof-torchtune proof-engine e2e setup
 
 setup: $(INSTALLED)
 
@@ -54,3 +54,12 @@ proof-torchtune: setup  ## the figures of issue "everything a torchtune user bri
 	$(BIN)/python -m pytest tests/lm tests/trainer tests/service/test_torchtune_user.py \
 		tests/service/test_families_served.py tests/service/test_hub.py tests/proof/test_torchtune.py \
 		tests/test_configs.py
+
+proof-engine: setup  ## the figures of issue "an inference engine and an OpenAI surface"; nothing else should run
+	$(BIN)/tuneserve pull smollm2-135m-instruct
+	$(BIN)/python -m pytest -m slow tests/service/engine/test_mixes.py tests/proof/test_lm_eval.py \
+		tests/proof/test_structured_output.py tests/proof/test_storm.py
+	$(BIN)/python -m pytest -m "not slow" tests/service/test_openai_sdk.py tests/service/test_served_parameters.py \
+		tests/service/test_served_responses.py tests/service/test_tool_clients.py tests/service/test_trained_loss.py
+	$(BIN)/python benchmarks/engine_host_time.py
+	$(BIN)/python benchmarks/http_streams.py
