@@ -4,53 +4,71 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from service.schemas.messages import Function
 from service.tools.formats import ToolFormat
 
 MAX_CALLS = 16
-"""In one answer that must call. A model that has not learned to stop would call until its tokens are used up."""
+"""In one answer. A model that has not learned to stop would call until its tokens are used up."""
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As calls are written in training data; a model that has not learned them would write white space for ever."""
-COMBINED = ("$ref", "allOf", "anyOf", "oneOf", "if", "unevaluatedProperties")
+COMBINED = ("$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties", "unevaluatedProperties")
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
+ANY_TEXT = r"TEXT: /(.|\n)*/"
+NO_OBJECT = r"TEXT: /[ \t\r\n]*([^ \t\r\n{](.|\n)*)?/"
 
 
 def calls_grammar(
-    format: ToolFormat, functions: Sequence[Function], *, max_calls: int, special_tokens: Mapping[str, int]
+    format: ToolFormat,
+    functions: Sequence[Function],
+    *,
+    must_call: bool,
+    max_calls: int,
+    special_tokens: Mapping[str, int],
 ) -> str:
-    """From 1 to `max_calls` calls and nothing else, in Lark's form.
+    """An answer of 1 to `max_calls` calls and nothing else, in Lark's form; or, where it need not call, any text in
+    which whatever begins as a call is one.
 
     `special_tokens` are parts of the format that the model has a token for; their text alone would not be that token.
     """
-    begin, separator, end = (_literal(text, special_tokens) for text in (format.begin, format.separator, format.end))
-    more = f"({separator} call){{0,{max_calls - 1}}}" if max_calls > 1 else ""
-    lines = [
-        f"start: {begin} call {more} {end}",
-        "call: " + " | ".join(f"call_{index}" for index in range(len(functions))),
-    ]
+    literal = partial(_literal, special_tokens=special_tokens)
+    opening = "" if must_call or not format.markers else format.markers[0]
+    more = f"({literal(format.separator)} call){{0,{max_calls - 1}}}" if max_calls > 1 else ""
+    calls = f"{literal(format.begin.removeprefix(opening))} call {more} {literal(format.end)}"
+    if must_call:
+        rules = [f"start: {calls}"]
+    elif not opening:
+        rules = [f"start: TEXT | {calls}", NO_OBJECT]
+    else:
+        each_opens = max_calls > 1 and not format.begin
+        lazy = "" if opening in special_tokens else "[lazy]"
+        rules = ["start: (opened call)* TEXT" if each_opens else f"start: TEXT | opened {calls}"]
+        rules += [f"opened{lazy}: TEXT {literal(opening)}", ANY_TEXT]
+    rules.append("call: " + " | ".join(f"call_{index}" for index in range(len(functions))))
     for index, function in enumerate(functions):
-        before = _literal(format.before_name + function.name + format.before_arguments, special_tokens)
-        lines += [
-            f"call_{index}: {before} arguments_{index} {_literal(format.after_arguments, special_tokens)}",
-            f"arguments_{index}: %json {json.dumps(_closed(function.parameters))}",
-        ]
-    return "\n".join(lines)
+        before = literal(format.before_name.removeprefix(opening) + function.name + format.before_arguments)
+        rules.append(f"call_{index}: {before} arguments_{index} {literal(format.after_arguments)}")
+        rules.append(f"arguments_{index}: %json {json.dumps(_closed(function.parameters))}")
+    return "\n".join(rules)
 
 
 def _closed(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
     """The schema of the arguments. A function that lists its parameters gets no others, unless it says so."""
     schema = {"type": "object", **(parameters or NO_PARAMETERS)}
-    if "properties" in schema and not any(key in schema for key in COMBINED):
-        schema.setdefault("additionalProperties", "patternProperties" in schema)
+    listed, needed = schema.get("properties"), schema.get("required") or []
+    is_listed = isinstance(listed, dict) and isinstance(needed, list) and all(name in [*listed] for name in needed)
+    if is_listed and not any(key in schema for key in COMBINED):
+        schema.setdefault("additionalProperties", False)
     return schema | {"x-guidance": SPACING}
 
 
 def _literal(text: str, special_tokens: Mapping[str, int]) -> str:
-    """`text` in a rule; nothing for an empty one."""
+    """`text` in a rule; nothing for an empty one. SentencePiece begins a text behind a special token with a space."""
     for token, token_id in special_tokens.items():
         before, found, behind = text.partition(token)
         if found:
-            return f"{_literal(before, special_tokens)} <[{token_id}]> {_literal(behind, special_tokens)}"
+            parts = (_literal(before, special_tokens), f"<[{token_id}]>", '" "?', _literal(behind, special_tokens))
+            return " ".join(part for part in parts if part)
     return json.dumps(text) if text else ""

@@ -26,7 +26,7 @@ class ToolPlan:
     names: frozenset[str]
     """Functions that the answer may call."""
     grammar: str | None = None
-    """Of an answer that must call."""
+    """Of an answer that must call, or that may and whose calls must follow their schemas."""
     max_calls: int | None = None
     is_named: bool = False
     """The request names the function that is called."""
@@ -77,9 +77,16 @@ def plan_tools(
     special_tokens = format.special_tokens(template.tokenizer) if callable_ else {}
     is_named = isinstance(tool_choice, NamedToolChoice)
     max_calls = 1 if is_named or parallel_tool_calls is False else None
+    must_call = is_named or tool_choice == "required"
     grammar = None
-    if is_named or tool_choice == "required":
-        grammar = calls_grammar(format, callable_, max_calls=max_calls or MAX_CALLS, special_tokens=special_tokens)
+    if must_call or any(function.strict for function in callable_):
+        grammar = calls_grammar(
+            format,
+            callable_,
+            must_call=must_call,
+            max_calls=max_calls or MAX_CALLS,
+            special_tokens=special_tokens,
+        )
     return ToolPlan(
         template=template,
         native_format=native_format,

@@ -51,10 +51,23 @@ class Constrained:
         self.vocab_size = self.tokenizer.backend.last_id + 1
         self.compiler = GrammarCompiler(folder, self.vocab_size)
 
-    def answer(self, functions: tuple[Function, ...], max_calls: int, seed: int) -> str:
+    def grammar(self, functions: tuple[Function, ...], max_calls: int, *, must_call: bool = True) -> str:
         special_tokens = self.format.special_tokens(self.tokenizer)
-        grammar = calls_grammar(self.format, functions, max_calls=max_calls, special_tokens=special_tokens)
-        matcher, rng = self.compiler.build(grammar), random.Random(seed)
+        return calls_grammar(
+            self.format, functions, must_call=must_call, max_calls=max_calls, special_tokens=special_tokens
+        )
+
+    def takes(self, text: str, max_calls: int) -> tuple[bool, bool]:
+        """Whether the model may write `text` where it need not call, and whether it may end behind it."""
+        matcher = self.compiler.build(self.grammar(FUNCTIONS, max_calls, must_call=False))
+        for token_id in self.tokenizer.encode(text, add_special_tokens=False):
+            if token_id not in self.allowed(matcher):
+                return False, False
+            assert matcher.accept(token_id)
+        return True, self.tokenizer.eos_token_ids[0] in self.allowed(matcher)
+
+    def answer(self, functions: tuple[Function, ...], max_calls: int, seed: int) -> str:
+        matcher, rng = self.compiler.build(self.grammar(functions, max_calls)), random.Random(seed)
         ids: list[int] = []
         while not matcher.is_over:
             token_id = rng.choice(self.allowed(matcher))
@@ -117,8 +130,7 @@ def test_special_tokens_mark_the_calls_where_the_model_has_them(tmp_path: Path) 
     model = Constrained(tmp_path, MISTRAL_ARGS)
     special_tokens = MISTRAL_ARGS.special_tokens(model.tokenizer)
     assert list(special_tokens) == ["[TOOL_CALLS]", "[ARGS]"]
-    grammar = calls_grammar(MISTRAL_ARGS, FUNCTIONS[1:2], max_calls=1, special_tokens=special_tokens)
-    matcher = model.compiler.build(grammar)
+    matcher = model.compiler.build(model.grammar(FUNCTIONS[1:2], 1))
     assert model.allowed(matcher) == [special_tokens["[TOOL_CALLS]"]]
 
 
@@ -127,3 +139,39 @@ def test_a_user_cannot_loosen_the_grammar(tmp_path: Path) -> None:
     loose = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "x-guidance": {"lenient": True}}
     ((_, arguments),) = calls_in(HERMES, model.answer((Function(name="now", parameters=loose),), 1, 0))
     assert arguments == '{"a": 1}'
+
+
+@pytest.mark.parametrize("name", ["Ada", 5, None, ["on"], {}])
+def test_what_a_schema_needs_and_does_not_list_is_no_crash(name: Any) -> None:
+    function = Function(name="f", parameters={"type": "object", "properties": {"on": {}}, "required": name})
+    grammar = calls_grammar(HERMES, [function], must_call=True, max_calls=1, special_tokens={})
+    assert ("additionalProperties" in grammar) == (name in (["on"], None, {}))
+
+
+# ---- an answer that need not call
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+def test_whatever_begins_as_a_call_in_a_free_text_is_one(tmp_path: Path, format: ToolFormat) -> None:
+    model = Constrained(tmp_path, format)
+    good = format.write("set-7", '{"on": true}')
+    first = format.begin + good
+    assert model.takes("", 1) == model.takes("Hello <world> [x] {} \n\n 北京", 1) == (True, True)
+    assert model.takes(first + format.end, 1) == (True, True)
+    assert model.takes(first + format.separator + good + format.end, 4) == (True, True)
+    for broken in (good.replace("true", "1"), good.replace("set-7", "unknown"), good.replace("on", "off")):
+        assert model.takes(format.begin + broken + format.end, 4) == (False, False)
+    assert model.takes(first[:-3], 1)[1] is False
+    assert model.takes(first + format.separator + good + format.end, 1) == (False, False)
+
+
+@pytest.mark.parametrize("format", [HERMES, MISTRAL, MISTRAL_ARGS], ids=lambda format: format.name)
+def test_a_call_may_follow_a_text(tmp_path: Path, format: ToolFormat) -> None:
+    call = format.begin + format.write("now", "{}") + format.end
+    assert Constrained(tmp_path, format).takes(f"Let me see.\n{call}", 2) == (True, True)
+
+
+def test_a_llama_answer_that_begins_as_an_object_is_a_call(tmp_path: Path) -> None:
+    model = Constrained(tmp_path, LLAMA3)
+    assert model.takes("The set {1, 2}", 1) == (True, True)
+    assert model.takes(' {"name"', 1) == model.takes('{"city"', 1) == (False, False)

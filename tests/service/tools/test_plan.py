@@ -34,6 +34,14 @@ def test_calls_that_may_be_are_free(template: ChatTemplate, choice: str | None) 
     assert (plan.grammar, plan.max_calls, sorted(plan.names)) == (None, None, ["f", "g"])
 
 
+def test_calls_of_strict_functions_follow_their_schemas_where_they_may_be(template: ChatTemplate) -> None:
+    strict = Tool(type="function", function=Function(name="f", strict=True))
+    plan = plan_tools([strict, tool("g")], "auto", None, template)
+    assert plan.grammar is not None
+    assert "start: (opened call)* TEXT" in plan.grammar
+    assert plan_tools([strict], "none", None, template).grammar is None
+
+
 def test_calls_that_must_be_are_held_by_a_grammar(template: ChatTemplate) -> None:
     plan = plan_tools([tool("f"), tool("g")], "required", None, template)
     assert plan.grammar is not None
