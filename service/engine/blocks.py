@@ -129,6 +129,8 @@ class BlockPool:
             raise RuntimeError(f"KV blocks: {self.num_free} free + {len(used)} used of {self.num_usable}")
         if any(block.key != key for key, block in self._by_key.items()):
             raise RuntimeError("KV blocks: one is found under a key that is not its own")
+        if any(self._blocks[number].key is None for number in self._kept):
+            raise RuntimeError("KV blocks: one is kept that nobody can find")
 
     def _take(self) -> int:
         if self._blank:

@@ -125,8 +125,6 @@ class Scheduler:
     def _prefill(self, prefilling: list[Sequence], chunks: list[Chunk], budget: int) -> None:
         """Add parts of prompts, of the oldest request first, and start waiting requests while budget is left."""
         for sequence in prefilling:
-            if not budget:
-                return
             budget -= self._add_chunk(sequence, chunks, budget)
         while budget and (started := self._admit()) is not None:
             budget -= self._add_chunk(started, chunks, budget)

@@ -75,8 +75,9 @@ def test_the_next_turn_of_a_chat_computes_neither_the_first_prompt_nor_its_answe
 
 def test_equal_tokens_after_different_beginnings_share_nothing() -> None:
     bench = Bench()
-    bench.run(sequence("1", [1, 2, 3, 4, *TEXT[:8]], 1))
-    assert bench.run(sequence("2", [4, 3, 2, 1, *TEXT[:8]], 1)) == 12
+    bench.run(sequence("1", [1, 2, 3, 4, *TEXT[:9]], 1))
+    bench.run(sequence("2", [4, 3, 2, 1, *TEXT[9:18]], 1))
+    assert bench.run(sequence("3", [4, 3, 2, 1, *TEXT[:9]], 1)) == 9
 
 
 def test_a_prefix_is_not_shared_between_weights() -> None:
@@ -97,6 +98,16 @@ def test_log_probabilities_of_the_prompt_are_computed_and_others_may_use_what_wa
     assert [bench.run(request) for request in scores] == [14, 14]
     assert [request.num_cached_tokens for request in scores] == [0, 0]
     assert bench.run(sequence("c", TEXT[:14], 1)) == 2
+
+
+def test_a_block_that_others_computed_too_is_kept_once() -> None:
+    bench = Bench()
+    scores = [sequence(name, TEXT[:14], 1) for name in "ab"]
+    for request in scores:
+        request.sampling = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    bench.run(*scores)
+    pool = bench.scheduler.pool
+    assert len(pool._kept) == 3
 
 
 def test_where_the_one_that_computes_the_beginning_is_aborted_the_next_one_computes_it() -> None:

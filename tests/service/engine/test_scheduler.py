@@ -135,6 +135,27 @@ def test_when_the_pool_is_full_the_youngest_is_computed_again_and_nobody_loses_t
     subject.check_idle()
 
 
+def test_a_preempted_request_goes_on_before_those_that_wait() -> None:
+    subject = scheduler(num_blocks=6, max_num_seqs=2)
+    for index in range(3):
+        subject.add(sequence(str(index), other_tokens(6, first=100 * index), 12))
+    admitted: list[str] = []
+    while not subject.is_idle:
+        step = run_step(subject)
+        admitted += names(step.chunks[step.num_decoding :])
+    assert admitted == ["0", "1", "1", "2"]
+
+
+def test_a_request_waits_until_it_would_not_be_preempted_at_once() -> None:
+    subject = scheduler(num_blocks=5, max_num_seqs=3)
+    subject.add(sequence("old", other_tokens(7, first=0), 9))
+    subject.add(sequence("young", other_tokens(12, first=50), 2))
+    steps = []
+    while not subject.is_idle:
+        steps.append(run_step(subject))
+    assert sum(step.num_preempted for step in steps) == 0
+
+
 def test_a_stop_token_ends_a_request_even_as_its_last_allowed_token() -> None:
     subject = scheduler()
     request = sequence("a", 2, 1, stop_token_ids=(7,))
@@ -215,6 +236,21 @@ def test_a_step_and_an_abort_cost_the_same_however_many_wait() -> None:
         return num_lines(work)
 
     assert lines(10_000) == lines(10)
+
+
+def test_a_long_prompt_that_does_not_fit_yet_costs_the_steps_nothing() -> None:
+    def lines(num_prompt: int) -> int:
+        subject = scheduler(num_blocks=1000, budget=4000)
+        subject.add(sequence("over", [1], 1))
+        run_step(subject)
+        subject.add(sequence("running", 3000, 50))
+        subject.add(sequence("waiting", other_tokens(num_prompt, first=5000), 1))
+        for _ in range(3):
+            run_step(subject)
+        assert subject.num_waiting == 1
+        return num_lines(lambda: run_step(subject))
+
+    assert lines(3900) == lines(1100)
 
 
 PREFIXES = [list(range(first, first + 30)) for first in (0, 0, 500)]
