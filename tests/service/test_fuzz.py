@@ -39,6 +39,13 @@ CONTENT_TYPES = [
     "multipart/form-data",
     "a/b; c=\xff",
 ]
+HI = [{"role": "user", "content": "hi"}]
+GOOD: dict[str, dict[str, Any]] = {
+    "/generate": {"messages": HI},
+    "/v1/completions": {"prompt": "hi"},
+    "/v1/chat/completions": {"messages": HI},
+    "/v1/responses": {"input": "hi"},
+}
 
 fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
 names = any_text.map(lambda text: quote(text, safe=":", errors="replace")).filter(lambda text: text.strip("."))
@@ -74,6 +81,17 @@ def test_no_single_field_breaks_a_good_request(shared_api: Api, path: str, data:
     field = data.draw(st.sampled_from(sorted(schema["properties"])))
     value = data.draw(st.one_of(values(schema["properties"][field], DEFINITIONS), junk))
     body = json.dumps({**GOOD[path], field: value}).encode()
+    check(shared_api, shared_api.post(path, content=body, headers={"content-type": "application/json"}))
+
+
+@pytest.mark.parametrize("path", GOOD)
+@fuzz
+@given(data=st.data())
+def test_no_combination_of_fields_breaks_a_good_request(shared_api: Api, path: str, data: st.DataObject) -> None:
+    schema = DEFINITIONS[dict(JSON_ROUTES)[path]["$ref"].rsplit("/", 1)[1]]
+    fields = data.draw(st.sets(st.sampled_from(sorted(schema["properties"])), min_size=2, max_size=5))
+    drawn = {field: data.draw(values(schema["properties"][field], DEFINITIONS)) for field in sorted(fields)}
+    body = json.dumps(GOOD[path] | drawn).encode()
     check(shared_api, shared_api.post(path, content=body, headers={"content-type": "application/json"}))
 
 

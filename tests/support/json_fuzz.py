@@ -41,14 +41,22 @@ def _followed(schema: dict[str, Any], definitions: dict[str, Any], depth: int) -
             items = values(schema.get("items", {}), definitions, depth=depth)
             return st.lists(items, max_size=4)
         case "string":
-            return any_text
+            return st.from_regex(schema["pattern"]) | any_text if "pattern" in schema else any_text
         case "integer" | "number":
-            return numbers
+            return _bounded(schema) | numbers
         case "boolean":
             return st.booleans()
         case "null":
             return st.none()
     return junk
+
+
+def _bounded(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
+    least = schema.get("minimum", schema.get("exclusiveMinimum", -300))
+    most = schema.get("maximum", schema.get("exclusiveMaximum", 300))
+    if schema["type"] == "integer":
+        return st.integers(least, max(least, min(most, least + 600)))
+    return st.floats(least, max(least, most))
 
 
 def _object(schema: dict[str, Any], definitions: dict[str, Any], depth: int) -> st.SearchStrategy[dict[str, Any]]:
