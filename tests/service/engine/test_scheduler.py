@@ -239,18 +239,19 @@ def test_a_step_and_an_abort_cost_the_same_however_many_wait() -> None:
 
 
 def test_a_long_prompt_that_does_not_fit_yet_costs_the_steps_nothing() -> None:
-    def lines(num_prompt: int) -> int:
+    def lines(num_shared: int) -> int:
         subject = scheduler(num_blocks=1000, budget=4000)
         subject.add(sequence("over", [1], 1))
         run_step(subject)
-        subject.add(sequence("running", 3000, 50))
-        subject.add(sequence("waiting", other_tokens(num_prompt, first=5000), 1))
+        running = sequence("running", 3000, 50)
+        subject.add(running)
+        subject.add(sequence("waiting", [*running.token_ids[:num_shared], *other_tokens(1050, first=5000)], 1))
         for _ in range(3):
             run_step(subject)
         assert subject.num_waiting == 1
         return num_lines(lambda: run_step(subject))
 
-    assert lines(3900) == lines(1100)
+    assert lines(2900) == lines(100)
 
 
 PREFIXES = [list(range(first, first + 30)) for first in (0, 0, 500)]
