@@ -1,0 +1,73 @@
+"""What JSON schemas may be that answers and calls are held to, and how JSON is written then. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lm.errors import UserError
+
+MAX_DEPTH = 64
+"""Of objects and lists within each other. llguidance ends at 128."""
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""As JSON is mostly written where models learn it. Free white space would let a model write it for ever."""
+COMBINED = ("$ref", "allOf", "anyOf", "oneOf", "if", "unevaluatedProperties", "patternProperties", "minProperties")
+SCHEMA_MAPS = ("properties", "$defs", "definitions")
+SCHEMA_LISTS = ("anyOf", "oneOf", "prefixItems")
+SCHEMAS = ("items", "additionalProperties")
+
+
+def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """`schema` with no more properties than each object lists, unless it says so. What follows it follows `schema`;
+    a model that may always add one more property may never end."""
+    return dict(schema) if _uses(schema, "allOf") else _closed(schema)
+
+
+def check_schema(schema: Mapping[str, Any], param: str) -> None:
+    """Raises UserError for what is nested too deeply, refers to elsewhere, or is not JSON."""
+    left: list[tuple[Any, int]] = [(schema, 1)]
+    while left:
+        value, depth = left.pop()
+        if depth > MAX_DEPTH:
+            raise UserError(f"{param}: more than {MAX_DEPTH} objects and lists within each other", param=param)
+        if isinstance(value, Mapping):
+            _check_reference(value.get("$ref"), param)
+            left += [(item, depth + 1) for item in value.values() if isinstance(item, Mapping | list)]
+        else:
+            left += [(item, depth + 1) for item in value if isinstance(item, Mapping | list)]
+
+
+def _check_reference(reference: object, param: str) -> None:
+    if isinstance(reference, str) and not reference.startswith("#"):
+        message = f"{param}: $ref: {reference!r:.200} is not in this schema, and nothing is fetched: put it into $defs"
+        raise UserError(message, param=param)
+
+
+def _closed(schema: Any) -> Any:
+    if not isinstance(schema, Mapping):
+        return schema
+    made: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in SCHEMA_MAPS and isinstance(value, Mapping):
+            made[key] = {name: _closed(item) for name, item in value.items()}
+        elif key in SCHEMA_LISTS and isinstance(value, list):
+            made[key] = [_closed(item) for item in value]
+        else:
+            made[key] = _closed(value) if key in SCHEMAS else value
+    if _lists_all(made):
+        made.setdefault("additionalProperties", False)
+    return made
+
+
+def _lists_all(schema: Mapping[str, Any]) -> bool:
+    """Whether it names properties, and nothing else in it asks for others."""
+    properties, required = schema.get("properties"), schema.get("required", [])
+    if not isinstance(properties, Mapping) or not isinstance(required, list):
+        return False
+    return not any(key in schema for key in COMBINED) and all(isinstance(n, str) and n in properties for n in required)
+
+
+def _uses(value: Any, keyword: str) -> bool:
+    if isinstance(value, Mapping):
+        return keyword in value or any(_uses(item, keyword) for item in value.values())
+    return isinstance(value, list) and any(_uses(item, keyword) for item in value)

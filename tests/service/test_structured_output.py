@@ -1,0 +1,397 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from lm.errors import UserError
+from lm.tokenizer import Tokenizer, load_tokenizer
+from service.engine.grammar import GrammarCompiler
+from service.grammar_checker import CHECK_SECONDS, GrammarChecker
+from service.json_schemas import MAX_DEPTH
+from service.schemas.requests import ChatRequest
+from service.structured_output import (
+    MAX_BYTES,
+    MAX_RULES,
+    Constraint,
+    check_constraint,
+    choice,
+    constraint_of,
+    json_object,
+    json_schema,
+    lark_or_gbnf,
+    regex,
+)
+from tests.support.grammars import random_answer
+from tests.support.json_schemas import random_schema
+from tests.support.tiny import VOCAB_SIZE, write_tiny_tokenizer
+
+PARAM = "field"
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+class Answers:
+    """What a model without any sense says under a constraint."""
+
+    def __init__(self, folder: Path) -> None:
+        write_tiny_tokenizer(folder)
+        self.folder = folder
+        self._tokenizer: Tokenizer = load_tokenizer(folder)
+        self._compiler = GrammarCompiler(folder, VOCAB_SIZE)
+
+    def one(self, constraint: Constraint, seed: int = 0) -> str:
+        matcher = self._compiler.build(constraint.grammar)
+        return self._tokenizer.decode(random_answer(matcher, VOCAB_SIZE, random.Random(seed)))
+
+    def some(self, constraint: Constraint, count: int = 20) -> list[str]:
+        return [self.one(constraint, seed) for seed in range(count)]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    return Answers(tmp_path_factory.mktemp("tokenizer"))
+
+
+Find = Callable[[Constraint], Awaitable[None]]
+
+
+@asynccontextmanager
+async def checking(folder: Path) -> AsyncIterator[Find]:
+    checker = GrammarChecker(folder, VOCAB_SIZE)
+    try:
+        yield lambda constraint: check_constraint(constraint, checker)
+    finally:
+        await checker.close()
+
+
+def check_all(folder: Path, *constraints: Constraint) -> list[str | None]:
+    """Of each what is wrong with it."""
+
+    async def check() -> list[str | None]:
+        mistakes: list[str | None] = []
+        async with checking(folder) as find:
+            for constraint in constraints:
+                try:
+                    await find(constraint)
+                    mistakes.append(None)
+                except UserError as error:
+                    mistakes.append(str(error) if error.param == constraint.param else f"of {error.param}")
+        return mistakes
+
+    return asyncio.run(check())
+
+
+# ---- what answers look like
+
+
+def test_json_is_written_on_one_line_with_single_spaces(answers: Answers) -> None:
+    schema = {"type": "object", "properties": {"a": {"const": 1}, "b": {"const": [1, "x"]}}, "required": ["a", "b"]}
+    assert set(answers.some(json_schema(schema, param=PARAM))) == {'{"a": 1, "b": [1, "x"]}'}
+
+
+def test_an_answer_follows_its_schema(answers: Answers) -> None:
+    rng = random.Random(5)
+    for _ in range(40):
+        schema = random_schema(rng)
+        text = answers.one(json_schema(schema, param=PARAM), rng.randrange(100))
+        jsonschema.validate(json.loads(text), schema)
+        assert json.dumps(json.loads(text), ensure_ascii=False).count(" ") == text.count(" ")
+
+
+def test_a_json_object_is_an_object(answers: Answers) -> None:
+    grammar = json_object(param=PARAM).grammar
+    assert json.loads(grammar)["grammars"][0]["json_schema"]["type"] == "object"
+    matcher = GrammarCompiler(answers.folder, VOCAB_SIZE).build(grammar)
+    tokenizer = load_tokenizer(answers.folder)
+    for wrong in ("[", " ", "1", '"', "n"):
+        assert not GrammarCompiler(answers.folder, VOCAB_SIZE).build(grammar).accept(tokenizer.encode(wrong)[0])
+    assert matcher.accept(tokenizer.encode("{")[0])
+
+
+def test_no_property_is_added_to_those_that_a_schema_lists(answers: Answers) -> None:
+    inner = {"type": "object", "properties": {"b": {"const": 2}}, "required": ["b"]}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "array", "items": inner, "maxItems": 2}},
+        "required": ["a"],
+    }
+    for text in answers.some(json_schema(schema, param=PARAM)):
+        assert json.loads(text).keys() == {"a"}
+        assert all(item == {"b": 2} for item in json.loads(text)["a"])
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"a": {"const": 1}}, "required": ["b"]},
+        {"type": "object", "properties": {"a": {"const": 1}}, "additionalProperties": {"const": 2}},
+        {"allOf": [{"properties": {"a": {"const": 1}}}, {"properties": {"b": {"const": 2}}, "required": ["a", "b"]}]},
+        {"type": "object", "properties": {"a": {"const": 1}}, "anyOf": [{"required": ["c"]}, {"required": ["d"]}]},
+    ],
+)
+def test_a_schema_that_asks_for_others_stays_open(answers: Answers, schema: Any) -> None:
+    assert check_all(answers.folder, json_schema(schema, param=PARAM)) == [None]
+
+
+def test_a_schema_may_be_text_or_true(answers: Answers) -> None:
+    assert answers.one(json_schema('{"const": "x"}', param=PARAM)) == '"x"'
+    assert check_all(answers.folder, json_schema(True, param=PARAM)) == [None]
+
+
+def test_without_strict_what_cannot_be_enforced_is_ignored(answers: Answers) -> None:
+    schema = {"type": "array", "items": {"const": 1}, "uniqueItems": True, "minItems": 2, "maxItems": 2}
+    assert answers.one(json_schema(schema, param=PARAM, strict=False)) == "[1, 1]"
+    (mistake,) = check_all(answers.folder, json_schema(schema, param=PARAM, strict=True))
+    assert mistake == (
+        "field: uniqueItems cannot be enforced while an answer is made: remove it, or leave out strict to have it ignored"
+    )
+
+
+def test_the_options_of_llguidance_are_not_a_users(answers: Answers) -> None:
+    schema = {"const": [1, 2], "x-guidance": {"whitespace_pattern": " {5}", "nonsense": 1}}
+    assert answers.one(json_schema(schema, param=PARAM)) == "[1, 2]"
+
+
+@pytest.mark.parametrize("pattern", ["[a-c]{2,4}", "^[a-c]{2,4}$", "(?i:yes|no)", "a/b\n", r"\d+\.\d{2}", "é|日本|🙂"])
+def test_an_answer_matches_its_regular_expression(answers: Answers, pattern: str) -> None:
+    if pattern == r"\d+\.\d{2}":
+        pattern = r"[0-9]{1,3}\.[0-9]{2}"
+    for text in answers.some(regex(pattern, param=PARAM)):
+        assert re.fullmatch(pattern, text)
+
+
+CHOICES = [
+    "yes",
+    "no",
+    "a b",
+    "a\nb",
+    '"q"',
+    "\\",
+    "/x/",
+    "日本🙂",
+    "\x01\x7f",
+    "\u2028",
+    "%json",
+    "#",
+    "//",
+    "a|b",
+    "(?i)z",
+]
+
+
+def test_an_answer_is_one_of_its_choices(answers: Answers) -> None:
+    assert set(answers.some(choice(CHOICES, param=PARAM), 200)) == set(CHOICES)
+
+
+LARK = 'start: greeting " " NAME\ngreeting: "hello" | "bye"\nNAME: /[A-Z][a-z]{1,5}/'
+GBNF = 'root ::= greeting " " name\ngreeting ::= "hello" | "bye"\nname ::= [A-Z] [a-z]{1,5}'
+
+
+@pytest.mark.parametrize("text", [LARK, GBNF])
+def test_a_grammar_may_be_in_larks_form_or_in_gbnf(answers: Answers, text: str) -> None:
+    for answer in answers.some(lark_or_gbnf(text, param=PARAM)):
+        assert re.fullmatch("(hello|bye) [A-Z][a-z]{1,5}", answer)
+
+
+# ---- which fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}}, "response_format"),
+        ({"structured_outputs": {"json": {"type": "object"}}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json_object": True}}, "structured_outputs.json_object"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"grammar": LARK}}, "structured_outputs.grammar"),
+        ({"guided_json": '{"type": "object"}'}, "guided_json"),
+        ({"guided_regex": "a"}, "guided_regex"),
+        ({"guided_choice": ["a"]}, "guided_choice"),
+        ({"guided_grammar": GBNF}, "guided_grammar"),
+    ],
+)
+def test_each_field_gives_a_constraint(fields: dict[str, Any], param: str) -> None:
+    constraint = constraint_of(ChatRequest.model_validate({"messages": MESSAGES, **fields}))
+    assert constraint is not None
+    assert constraint.param.startswith(param)
+
+
+@pytest.mark.parametrize("fields", [{}, {"response_format": {"type": "text"}}, {"guided_json": None}])
+def test_no_field_gives_none(fields: dict[str, Any]) -> None:
+    assert constraint_of(ChatRequest.model_validate({"messages": MESSAGES, **fields})) is None
+
+
+def test_two_of_them_are_refused() -> None:
+    fields = {"response_format": {"type": "json_object"}, "guided_regex": "a"}
+    with pytest.raises(UserError, match="guided_regex: response_format says already") as caught:
+        constraint_of(ChatRequest.model_validate({"messages": MESSAGES, **fields}))
+    assert caught.value.param == "guided_regex"
+
+
+# ---- what is refused at a glance
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: json_schema({"enum": ["x" * MAX_BYTES]}, param=PARAM), f"bytes are more than {MAX_BYTES}"),
+        (lambda: json_schema(nested(MAX_DEPTH), param=PARAM), "within each other"),
+        (lambda: json_schema(nested(100_000), param=PARAM), "within each other"),
+        (lambda: json_schema("[" * 60_000, param=PARAM), "not JSON"),
+        (lambda: json_schema('{"type": ', param=PARAM), "not JSON"),
+        (lambda: json_schema("[1]", param=PARAM), r"is an object \(got \[1\]\)"),
+        (lambda: json_schema(False, param=PARAM), "is an object"),
+        (lambda: json_schema({"const": "\ud800"}, param=PARAM), "half a character"),
+        (lambda: json_schema({"\udfff": 1}, param=PARAM), "half a character"),
+        (lambda: json_schema({"$ref": "http://example.com/x.json"}, param=PARAM), "nothing is fetched"),
+        (lambda: json_schema({"items": [{"$ref": "other.json#/a"}]}, param=PARAM), "nothing is fetched"),
+        (lambda: regex("a" * (MAX_BYTES + 1), param=PARAM), "bytes are more"),
+        (lambda: regex("", param=PARAM), "empty"),
+        (lambda: regex("\ud800", param=PARAM), "half a character"),
+        (lambda: choice([], param=PARAM), "between 1 and"),
+        (lambda: choice(["a"] * 5000, param=PARAM), "between 1 and"),
+        (lambda: choice(["a", ""], param=PARAM), r"field\.1: an answer of no text"),
+        (lambda: choice(["x" * MAX_BYTES, "y"], param=PARAM), "bytes are more"),
+        (lambda: choice(["\ud800"], param=PARAM), "half a character"),
+        (lambda: lark_or_gbnf(" \n", param=PARAM), "empty"),
+        (lambda: lark_or_gbnf('{"grammars": []}', param=PARAM), "for JSON send a schema"),
+        (lambda: lark_or_gbnf("root ::= nothing", param=PARAM), "Rule 'nothing' not found"),
+        (lambda: lark_or_gbnf('root ::= "a', param=PARAM), "not a grammar in GBNF"),
+        (lambda: lark_or_gbnf("root ::= " + "(" * 30_000, param=PARAM), "not a grammar in GBNF"),
+        (lambda: lark_or_gbnf('root ::= "a"\n' + 'b ::= "c"\n' * MAX_RULES, param=PARAM), "more than"),
+    ],
+)
+def test_what_can_be_told_at_a_glance_is_refused_at_once(make: Callable[[], Constraint], reason: str) -> None:
+    begin = time.perf_counter()
+    with pytest.raises(UserError, match=reason) as caught:
+        make()
+    assert caught.value.param == PARAM
+    assert str(caught.value).startswith(PARAM)
+    assert len(str(caught.value)) < 500
+    assert time.perf_counter() - begin < 2
+
+
+# ---- what only llguidance can tell
+
+
+def chain(rule: str) -> str:
+    last = 5000
+    rules = "\n".join(f"{rule}{index}: {rule}{index + 1}" for index in range(last))
+    return f'start: {rule}0\n{rules}\n{rule}{last}: "x"'
+
+
+REFUSED = [
+    (regex("a(b", param=PARAM), "unclosed group"),
+    (regex(r"(a)\1", param=PARAM), "backreferences are not supported"),
+    (regex("(?=a)b", param=PARAM), "look-around"),
+    (regex("(" * 3000 + ")" * 3000, param=PARAM), "nest"),
+    (regex("[^\\s\\S]", param=PARAM), "no text follows it"),
+    (json_schema({"not": {}}, param=PARAM), "not cannot be enforced while an answer is made: remove it"),
+    (json_schema({"type": "string", "format": "iri"}, param=PARAM), "the format iri cannot be enforced: remove it"),
+    (json_schema({"oneOf": [{"type": "object"}, {"required": ["a"]}]}, param=PARAM), "oneOf cannot be enforced"),
+    (json_schema({"type": "string", "maxLength": -1}, param=PARAM), "maxLength"),
+    (json_schema({"type": "nonsense"}, param=PARAM), "nonsense"),
+    (json_schema({"$ref": "#"}, param=PARAM), "no text follows it"),
+    (json_schema({"$ref": "#/$defs/nothing"}, param=PARAM), "nothing"),
+    (json_schema({"allOf": [{"type": "string"}, {"type": "integer"}]}, param=PARAM), "Unsatisfiable schema"),
+    (json_schema({"minimum": float("nan")}, param=PARAM), ""),
+    (lark_or_gbnf("start: <|nope|>", param=PARAM), "unknown special token"),
+    (lark_or_gbnf('start: "a" @x', param=PARAM), ""),
+    (lark_or_gbnf('%import "/etc/passwd"\nstart: "a"', param=PARAM), "Expected"),
+    (lark_or_gbnf("start: " + "(" * 20_000, param=PARAM), "deeply nested"),
+]
+
+
+@pytest.fixture(scope="module")
+def refusals(answers: Answers) -> list[str | None]:
+    """What is said of each of REFUSED."""
+    return check_all(answers.folder, *(constraint for constraint, _ in REFUSED))
+
+
+@pytest.mark.parametrize("index", range(len(REFUSED)))
+def test_what_llguidance_refuses_is_told_in_one_line(refusals: list[str | None], index: int) -> None:
+    mistake = refusals[index]
+    assert mistake is not None
+    assert mistake.startswith(f"{PARAM}: ")
+    assert REFUSED[index][1] in mistake
+    assert "\n" not in mistake
+    assert len(mistake) < 500
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        json_schema({"type": "integer", "multipleOf": 999983}, param=PARAM),
+        json_schema({"allOf": [{"type": "string", "pattern": f"a{i}.*"} for i in range(250)]}, param=PARAM),
+        json_schema(
+            {"$defs": {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(1300)} | {"d1300": {"const": 1}},
+             "allOf": [{"$ref": "#/$defs/d0"}]},
+            param=PARAM,
+        ),
+        lark_or_gbnf(chain("a"), param=PARAM),
+        lark_or_gbnf(chain("A"), param=PARAM),
+        regex("((a{1000}){1000}){1000}", param=PARAM),
+        json_schema({"type": "array", "items": {"type": "string"}, "minItems": 10**9}, param=PARAM),
+        json_schema({"type": "string", "minLength": 2**31, "maxLength": 2**32}, param=PARAM),
+        json_schema({"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(2000)}}, param=PARAM),
+        lark_or_gbnf("start: A\nA: " + " & ".join(f"/(.*{c}){{30}}/" for c in "abcdefgh"), param=PARAM),
+        lark_or_gbnf("start: a{100000}\na: /b{100000}/ | a a", param=PARAM),
+    ],
+)  # fmt: skip
+def test_no_grammar_holds_up_the_service_or_ends_it(answers: Answers, bomb: Constraint) -> None:
+    begin = time.perf_counter()
+    mistake, fine = check_all(answers.folder, bomb, regex("a", param=PARAM))
+    assert fine is None
+    print(mistake)
+    assert mistake is None or mistake.startswith(PARAM)
+    assert time.perf_counter() - begin < CHECK_SECONDS + 20  # two starts of the process
+
+
+def test_nothing_is_fetched_for_a_schema(answers: Answers) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(0.2)
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        schemas: list[dict[str, Any]] = [{"$schema": f"{url}/m.json", "type": "string"}, {"$id": f"{url}/s.json", "$ref": "#/$defs/a"},
+                   {"$dynamicRef": f"{url}/x.json"}, {"$defs": {"a": {"$id": f"{url}/y.json"}}, "$ref": "#/$defs/a"}]  # fmt: skip
+        check_all(answers.folder, *(json_schema(schema, param=PARAM) for schema in schemas))
+        with pytest.raises(TimeoutError):
+            listening.accept()
+
+
+def test_what_was_checked_once_is_remembered_and_a_cancelled_check_does_not_mix_up_answers(answers: Answers) -> None:
+    bomb = json_schema({"type": "integer", "multipleOf": 999983}, param=PARAM)
+    bad, good = regex("a(", param=PARAM), regex("a", param=PARAM)
+
+    async def check() -> None:
+        async with checking(answers.folder) as find:
+            with pytest.raises(UserError):
+                await find(bad)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(find(bomb), 0.5)
+            await find(good)
+            begin = time.perf_counter()
+            for _ in range(100):
+                with pytest.raises(UserError):
+                    await find(bad)
+            assert time.perf_counter() - begin < 0.5
+
+    asyncio.run(check())
