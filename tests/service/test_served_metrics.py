@@ -51,9 +51,10 @@ def counted(client: httpx.Client, work: Callable[[], Any]) -> Counts:
     return {name: value - before.get(name, 0) for name, value in read(client).items()}
 
 
-def complete(client: httpx.Client, **options: Any) -> None:
+def complete(client: httpx.Client, *, times: int = 1, **options: Any) -> None:
     body = {"prompt": PROMPT, "max_tokens": LENGTH, "ignore_eos": True, "temperature": 0, **options}
-    assert client.post("/v1/completions", json=body).status_code == 200
+    for _ in range(times):
+        assert client.post("/v1/completions", json=body).status_code == 200
 
 
 def assert_counts(found: Counts, expected: dict[str, float]) -> None:
@@ -63,7 +64,7 @@ def assert_counts(found: Counts, expected: dict[str, float]) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_requests_one_by_one_are_counted_as_vllm_counts_them(client: httpx.Client, stream: bool) -> None:
     num, prompt, generated = 5, len(PROMPT), LENGTH
-    found = counted(client, lambda: [complete(client, stream=stream) for _ in range(num)])
+    found = counted(client, lambda: complete(client, times=num, stream=stream))
     assert_counts(
         found,
         {
