@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from service.json_schemas import JSON_STYLE, closed
 from service.schemas.messages import Function
 from service.tools.formats import ToolFormat
 
 MAX_CALLS = 16
 """In one answer. A model that has not learned to stop would call until its tokens are used up."""
-SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""As calls are written in training data; a model that has not learned them would write white space for ever."""
-COMBINED = ("$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties", "unevaluatedProperties")
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
 ANY_TEXT = r"TEXT: /(.|\n)*/"
+JSON_PIECES = re.compile(r'"[^"]*"|[^"]+')
 NO_OBJECT = r"TEXT: /[ \t\r\n]*([^ \t\r\n{](.|\n)*)?/"
 
 
@@ -50,25 +50,31 @@ def calls_grammar(
     for index, function in enumerate(functions):
         before = literal(format.before_name.removeprefix(opening) + function.name + format.before_arguments)
         rules.append(f"call_{index}: {before} arguments_{index} {literal(format.after_arguments)}")
-        rules.append(f"arguments_{index}: %json {json.dumps(_closed(function.parameters))}")
+        rules.append(f"arguments_{index}: %json {json.dumps(_arguments(function.parameters))}")
     return "\n".join(rules)
 
 
-def _closed(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The schema of the arguments. A function that lists its parameters gets no others, unless it says so."""
-    schema = {"type": "object", **(parameters or NO_PARAMETERS)}
-    listed, needed = schema.get("properties"), schema.get("required") or []
-    is_listed = isinstance(listed, dict) and isinstance(needed, list) and all(name in [*listed] for name in needed)
-    if is_listed and not any(key in schema for key in COMBINED):
-        schema.setdefault("additionalProperties", False)
-    return schema | {"x-guidance": SPACING}
+def calls_or_answer(calls: str, answer: str) -> str:
+    """An answer that is either: `calls` must be of a grammar that must call, `answer` in any form of llguidance's."""
+    start, *rules = calls.splitlines()
+    either = "\n".join((start.replace("start: ", "start: @answer | ", 1), *rules))
+    other = json.loads(answer)["grammars"][0] if answer.startswith("{") else {"lark_grammar": answer}
+    return json.dumps({"grammars": [{"lark_grammar": either}, {**other, "name": "answer"}]}, ensure_ascii=False)
+
+
+def _arguments(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Their schema: the parameters that are listed and no others, unless they say so."""
+    return {**closed({"type": "object", **(parameters or NO_PARAMETERS)}), "x-guidance": JSON_STYLE}
 
 
 def _literal(text: str, special_tokens: Mapping[str, int]) -> str:
-    """`text` in a rule; nothing for an empty one. SentencePiece begins a text behind a special token with a space."""
+    """`text` in a rule; nothing for an empty one. SentencePiece begins a text behind a special token with a space.
+
+    In the pieces that JSON has: where an answer in JSON may stand in place of a call, one piece must not decide.
+    """
     for token, token_id in special_tokens.items():
         before, found, behind = text.partition(token)
         if found:
             parts = (_literal(before, special_tokens), f"<[{token_id}]>", '" "?', _literal(behind, special_tokens))
             return " ".join(part for part in parts if part)
-    return json.dumps(text) if text else ""
+    return " ".join(map(json.dumps, JSON_PIECES.findall(text)))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from lm.errors import UserError
 from lm.messages import Message
 from lm.template import ChatTemplate
+from service.json_schemas import check_schema
 from service.schemas.messages import Function, NamedToolChoice, Tool
 from service.tools.formats import HERMES, ToolFormat, find_format
-from service.tools.grammar import MAX_CALLS, calls_grammar
+from service.tools.grammar import MAX_CALLS, calls_grammar, calls_or_answer
 from service.tools.parser import ToolParser
 from service.tools.prompt import described_messages, native_messages, shown_tools
 
@@ -23,24 +24,52 @@ class ToolPlan:
     """In which the template writes calls; None where it cannot."""
     tools: Sequence[dict[str, Any]]
     """Shown to the model, in OpenAI's form."""
-    names: frozenset[str]
-    """Functions that the answer may call."""
-    grammar: str | None = None
-    """Of an answer that must call, or that may and whose calls must follow their schemas."""
+    functions: Sequence[Function]
+    """Those that the answer may call."""
     max_calls: int | None = None
+    must_call: bool = False
     is_named: bool = False
     """The request names the function that is called."""
-    skip_special_tokens: bool = True
-    """False where special tokens mark the calls: the text of the answer is needed with them."""
+    special_tokens: Mapping[str, int] = field(default_factory=dict)
+    """By their text, those that mark calls."""
 
     @property
     def may_call(self) -> bool:
-        return bool(self.names)
+        return bool(self.functions)
+
+    @property
+    def format(self) -> ToolFormat:
+        return self.native_format or HERMES
 
     @property
     def template_tools(self) -> Sequence[dict[str, Any]] | None:
         """The `tools` of RenderOptions."""
         return self.tools if self.tools and self.native_format is not None else None
+
+    @property
+    def skip_special_tokens(self) -> bool:
+        """False where special tokens mark the calls: the text of the answer is needed with them."""
+        return not self.special_tokens
+
+    @property
+    def grammar(self) -> str | None:
+        """Of an answer that must call, or that may and whose calls must follow their schemas."""
+        if self.must_call or any(function.strict for function in self.functions):
+            return self._grammar(must_call=self.must_call)
+        return None
+
+    def grammar_beside(self, answer: str) -> str:
+        """Of an answer that calls or, if it does not, follows the grammar `answer`."""
+        return calls_or_answer(self._grammar(must_call=True), answer)
+
+    def _grammar(self, *, must_call: bool) -> str:
+        return calls_grammar(
+            self.format,
+            self.functions,
+            must_call=must_call,
+            max_calls=self.max_calls or MAX_CALLS,
+            special_tokens=self.special_tokens,
+        )
 
     def messages(self, messages: Sequence[Message]) -> Sequence[Message]:
         """As the template takes them. Raises UserError for calls whose arguments are no JSON object."""
@@ -53,8 +82,8 @@ class ToolPlan:
 
     def parser(self) -> ToolParser:
         """For one answer."""
-        format = (self.native_format or HERMES).name if self.may_call else None
-        return ToolParser(format, self.names, self.max_calls)
+        format = self.format.name if self.may_call else None
+        return ToolParser(format, frozenset(function.name for function in self.functions), self.max_calls)
 
     def finish_reason(self, reason: str, num_calls: int) -> str:
         """As OpenAI has it: `tool_calls` for an answer that ended with calls, but `stop` where the function was named."""
@@ -71,31 +100,18 @@ def plan_tools(
     tools that are not there.
     """
     functions = _checked([tool.function for tool in tools or ()])
-    callable_ = _chosen(functions, tool_choice)
+    chosen = _chosen(functions, tool_choice)
     native_format = find_format(template)
-    format = native_format or HERMES
-    special_tokens = format.special_tokens(template.tokenizer) if callable_ else {}
     is_named = isinstance(tool_choice, NamedToolChoice)
-    max_calls = 1 if is_named or parallel_tool_calls is False else None
-    must_call = is_named or tool_choice == "required"
-    grammar = None
-    if must_call or any(function.strict for function in callable_):
-        grammar = calls_grammar(
-            format,
-            callable_,
-            must_call=must_call,
-            max_calls=max_calls or MAX_CALLS,
-            special_tokens=special_tokens,
-        )
     return ToolPlan(
         template=template,
         native_format=native_format,
-        tools=shown_tools(functions) if callable_ else (),
-        names=frozenset(function.name for function in callable_),
-        grammar=grammar,
-        max_calls=max_calls,
+        tools=shown_tools(functions) if chosen else (),
+        functions=chosen,
+        max_calls=1 if is_named or parallel_tool_calls is False else None,
+        must_call=is_named or tool_choice == "required",
         is_named=is_named,
-        skip_special_tokens=not special_tokens,
+        special_tokens=(native_format or HERMES).special_tokens(template.tokenizer) if chosen else {},
     )
 
 
@@ -110,6 +126,7 @@ def _checked(functions: Sequence[Function]) -> Sequence[Function]:
         if kind != "object":
             reason = f"must be a JSON schema of type object (got type {kind!r:.80})"
             raise UserError(f"{where}.parameters: {reason}", param=f"{where}.parameters")
+        check_schema(function.parameters or {}, f"{where}.parameters")
     return functions
 
 

@@ -15,8 +15,9 @@ from lm.tokenizer import Tokenizer, load_tokenizer
 from service.engine.grammar import GrammarCompiler
 from service.engine.sequence import Matcher
 from service.schemas.messages import Function
+from service.structured_output import json_object, json_schema, lark_or_gbnf, regex
 from service.tools.formats import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolFormat
-from service.tools.grammar import MAX_CALLS, calls_grammar
+from service.tools.grammar import MAX_CALLS, calls_grammar, calls_or_answer
 from service.tools.parser import ArgumentsDelta, CallStart, ToolParser
 from tests.support.chat_templates import add_special_tokens, write_chat_model
 
@@ -43,8 +44,8 @@ FUNCTIONS = (
 class Constrained:
     """A model that takes any token that the grammar allows."""
 
-    def __init__(self, folder: Path, format: ToolFormat) -> None:
-        write_chat_model(folder, "mistral_v3" if format in (MISTRAL, MISTRAL_ARGS) else "qwen2.5")
+    def __init__(self, folder: Path, format: ToolFormat, *, tokenizer_of: str | None = None) -> None:
+        write_chat_model(folder, tokenizer_of or ("mistral_v3" if format in (MISTRAL, MISTRAL_ARGS) else "qwen2.5"))
         add_special_tokens(folder / "tokenizer.json", format.markers)
         self.format = format
         self.tokenizer: Tokenizer = load_tokenizer(folder)
@@ -59,8 +60,14 @@ class Constrained:
 
     def takes(self, text: str, max_calls: int) -> tuple[bool, bool]:
         """Whether the model may write `text` where it need not call, and whether it may end behind it."""
-        matcher = self.compiler.build(self.grammar(FUNCTIONS, max_calls, must_call=False))
-        for token_id in self.tokenizer.encode(text, add_special_tokens=False):
+        return self.follows(self.grammar(FUNCTIONS, max_calls, must_call=False), self.spell(text))
+
+    def spell(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def follows(self, grammar: str, ids: list[int]) -> tuple[bool, bool]:
+        matcher = self.compiler.build(grammar)
+        for token_id in ids:
             if token_id not in self.allowed(matcher):
                 return False, False
             assert matcher.accept(token_id)
@@ -141,13 +148,6 @@ def test_a_user_cannot_loosen_the_grammar(tmp_path: Path) -> None:
     assert arguments == '{"a": 1}'
 
 
-@pytest.mark.parametrize("name", ["Ada", 5, None, ["on"], {}])
-def test_what_a_schema_needs_and_does_not_list_is_no_crash(name: Any) -> None:
-    function = Function(name="f", parameters={"type": "object", "properties": {"on": {}}, "required": name})
-    grammar = calls_grammar(HERMES, [function], must_call=True, max_calls=1, special_tokens={})
-    assert ("additionalProperties" in grammar) == (name in (["on"], None, {}))
-
-
 # ---- an answer that need not call
 
 
@@ -175,3 +175,33 @@ def test_a_llama_answer_that_begins_as_an_object_is_a_call(tmp_path: Path) -> No
     model = Constrained(tmp_path, LLAMA3)
     assert model.takes("The set {1, 2}", 1) == (True, True)
     assert model.takes(' {"name"', 1) == model.takes('{"city"', 1) == (False, False)
+
+
+NAMED = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}, "required": ["age"]}
+ANSWERS = {
+    "any JSON object": (json_object(param="x").grammar, '{"name": "now", "age": 1}', '["now"]'),
+    "JSON of a schema": (json_schema(NAMED, param="x").grammar, '{"name": "now", "age": 1}', '{"name": "now"}'),
+    "a regular expression": (regex("now+", param="x").grammar, "nowww", "no"),
+    "Lark": (lark_or_gbnf('start: "no" thing\nthing: "thing"', param="x").grammar, "nothing", "not"),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+def test_an_answer_with_a_form_of_its_own_may_stand_in_place_of_calls(
+    tmp_path: Path, format: ToolFormat, answer: str
+) -> None:
+    model = Constrained(tmp_path, format, tokenizer_of="qwen2.5")
+    other, good, bad = ANSWERS[answer]
+    either = calls_or_answer(model.grammar(FUNCTIONS, 4), other)
+    call = format.write("set-7", '{"on": true}')
+    assert model.follows(either, model.spell(format.begin + call + format.end)) == (True, True)
+    assert model.follows(either, model.spell(format.begin + call + format.separator + call + format.end)) == (
+        True,
+        True,
+    )
+    assert model.follows(either, model.spell(good)) == (True, True)
+    assert model.follows(either, model.spell(bad))[1] is False
+    assert model.follows(either, model.spell("Well")) == (False, False)
+    if (format, answer) != (LLAMA3, "any JSON object"):  # a call is an object, too
+        assert model.follows(either, model.spell(format.begin + call.replace("true", "1")))[0] is False

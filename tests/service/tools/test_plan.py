@@ -11,7 +11,7 @@ from lm.errors import UserError
 from lm.template import ChatTemplate, load_template
 from lm.tokenizer import load_tokenizer
 from service.schemas.messages import Function, NamedFunction, NamedToolChoice, Tool
-from service.tools.plan import plan_tools
+from service.tools.plan import ToolPlan, plan_tools
 from tests.support.chat_templates import add_special_tokens, write_chat_model
 
 
@@ -23,6 +23,10 @@ def named(name: str) -> NamedToolChoice:
     return NamedToolChoice(type="function", function=NamedFunction(name=name))
 
 
+def names(plan: ToolPlan) -> list[str]:
+    return [function.name for function in plan.functions]
+
+
 @pytest.fixture
 def template(tmp_path: Path) -> ChatTemplate:
     return write_chat_model(tmp_path, "qwen2.5")
@@ -31,7 +35,7 @@ def template(tmp_path: Path) -> ChatTemplate:
 @pytest.mark.parametrize("choice", [None, "auto"])
 def test_calls_that_may_be_are_free(template: ChatTemplate, choice: str | None) -> None:
     plan = plan_tools([tool("f"), tool("g")], choice, None, template)
-    assert (plan.grammar, plan.max_calls, sorted(plan.names)) == (None, None, ["f", "g"])
+    assert (plan.grammar, plan.max_calls, names(plan)) == (None, None, ["f", "g"])
 
 
 def test_calls_of_strict_functions_follow_their_schemas_where_they_may_be(template: ChatTemplate) -> None:
@@ -50,9 +54,14 @@ def test_calls_that_must_be_are_held_by_a_grammar(template: ChatTemplate) -> Non
     assert (single.max_calls, "{0," in str(single.grammar)) == (1, False)
 
 
+def test_an_answer_may_call_or_have_the_form_that_is_asked_for(template: ChatTemplate) -> None:
+    plan = plan_tools([tool("f")], "auto", None, template)
+    assert "start: @answer | " in plan.grammar_beside('start: "yes"')
+
+
 def test_a_named_function_is_the_only_one_and_called_once(template: ChatTemplate) -> None:
     plan = plan_tools([tool("f"), tool("g")], named("g"), True, template)
-    assert ([*plan.names], plan.max_calls, len(plan.tools)) == (["g"], 1, 2)
+    assert (names(plan), plan.max_calls, len(plan.tools)) == (["g"], 1, 2)
     assert plan.grammar is not None
     assert '\\"f\\"' not in plan.grammar
 
@@ -86,6 +95,12 @@ def test_special_tokens_are_shown_where_calls_are_marked_by_them(tmp_path: Path)
         ([tool("f"), tool("g"), tool("f")], None, "tools.2.function.name", "'f' is there twice"),
         ([tool("f", type="array")], None, "tools.0.function.parameters", r"type object \(got type 'array'\)"),
         ([tool("f", type=["object", "null"])], "none", "tools.0.function.parameters", r"of type object"),
+        (
+            [tool("f", properties={"a": {"$ref": "http://x"}})],
+            None,
+            "tools.0.function.parameters",
+            "nothing is fetched",
+        ),
         ([tool("f")], named("g"), "tool_choice", r"'g' is none of the tools \(f\)"),
         ([], "required", "tool_choice", "there are no tools to choose from"),
         (None, named("f"), "tool_choice", "there are no tools to choose from"),
