@@ -12,11 +12,11 @@ from service.schemas.messages import CalledFunction, Function, Message, NamedFun
 from service.schemas.requests import Conversation
 from service.schemas.response_items import AnyItem, InputFunctionCall, InputFunctionCallOutput, InputMessage
 from service.schemas.responses import AllowedTools, FunctionTool, NamedFunctionChoice, ResponseRequest
+from service.structured_output import Constraint, json_object, json_schema
 
 CHAT_NAMES = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
-    "response_format": "text.format",
 }
 """Fields of a chat whose errors are told by the name that they have here."""
 
@@ -30,6 +30,16 @@ def conversation_of(body: ResponseRequest) -> Conversation:
         parallel_tool_calls=body.parallel_tool_calls,
         chat_template_kwargs=body.chat_template_kwargs,
     )
+
+
+def text_constraint(body: ResponseRequest) -> Constraint | None:
+    """What `text.format` makes of the answer. Raises UserError for a schema that cannot be."""
+    form = None if body.text is None else body.text.format
+    if form is None or form.type == "text":
+        return None
+    if form.json_schema is None:
+        return json_object(param="text.format")
+    return json_schema(form.json_schema, param="text.format.schema", strict=bool(form.strict))
 
 
 def chat_messages(instructions: str | None, items: Sequence[AnyItem]) -> list[Message]:

@@ -18,7 +18,6 @@ from service.schemas.fields import MaxTokens, NumLogprobs, Only
 from service.schemas.messages import CHOICES, MAX_TOOLS, Function
 from service.schemas.requests import BaseSampling
 from service.schemas.response_items import Input
-from service.schemas.structured import JsonSchemaFormat, ResponseFormat
 from trainer.config import Strict
 
 NOTHING_STORED = "nothing is stored here: send the whole conversation in input"
@@ -214,14 +213,3 @@ class ResponseRequest(BaseSampling):
     def num_logprobs(self) -> int | None:
         """How many alternatives are wanted beside each token of the answer; None is no log probabilities at all."""
         return (self.top_logprobs or 0) if self.top_logprobs or LOGPROBS in (self.include or ()) else None
-
-    @property
-    def response_format(self) -> ResponseFormat | None:
-        """`text.format` in the form that it has in chats."""
-        chosen = None if self.text is None else self.text.format
-        if chosen is None or chosen.json_schema is None:
-            return None if chosen is None else ResponseFormat(type=chosen.type)
-        wanted = JsonSchemaFormat(
-            name=chosen.name, description=chosen.description, strict=chosen.strict, schema=chosen.json_schema
-        )
-        return ResponseFormat(type=chosen.type, json_schema=wanted)

@@ -6,8 +6,9 @@ import pytest
 
 from lm.errors import UserError
 from service.errors import ApiError
-from service.responses.conversation import conversation_of, renamed
+from service.responses.conversation import conversation_of, renamed, text_constraint
 from service.schemas.responses import ResponseRequest
+from service.structured_output import json_object, json_schema
 
 CALL = {"type": "function_call", "call_id": "call_a", "name": "weather", "arguments": '{"city":"Oslo"}'}
 RESULT = {"type": "function_call_output", "call_id": "call_a", "output": "rain"}
@@ -105,18 +106,24 @@ def test_allowed_tools_leave_the_others_out() -> None:
 
 
 def test_a_format_is_that_of_a_chat() -> None:
-    schema = {"type": "object", "properties": {}}
-    wanted = {"type": "json_schema", "name": "thing", "schema": schema, "strict": True}
-    found = request(text={"format": wanted}).response_format
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    wanted = {"type": "json_schema", "name": "thing", "schema": schema}
+    found, strict, plain = (
+        text_constraint(request(text={"format": form, "verbosity": "medium"}))
+        for form in (wanted, {**wanted, "strict": True}, {"type": "json_object"})
+    )
     assert found is not None
-    assert found.model_dump(by_alias=True, exclude_none=True) == {
-        "type": "json_schema",
-        "json_schema": {"name": "thing", "schema": schema, "strict": True},
-    }
-    plain = request(text={"format": {"type": "json_object"}, "verbosity": "medium"}).response_format
+    assert found.grammar == json_schema(schema, param="x", strict=False).grammar
+    assert found.param == "text.format.schema"
+    assert strict is not None
+    assert strict.grammar == json_schema(schema, param="x", strict=True).grammar
     assert plain is not None
-    assert (plain.type, plain.json_schema) == ("json_object", None)
-    assert request().response_format is None
+    assert (plain.grammar, plain.param) == (json_object(param="x").grammar, "text.format")
+
+
+@pytest.mark.parametrize("text", [None, {}, {"format": None}, {"format": {"type": "text"}}])
+def test_a_text_is_free(text: Any) -> None:
+    assert text_constraint(request(text=text)) is None
 
 
 @pytest.mark.parametrize(
@@ -128,7 +135,6 @@ def test_a_format_is_that_of_a_chat() -> None:
             "max_output_tokens",
             "max_output_tokens: lower max_output_tokens to 5",
         ),
-        (UserError("response_format: too big", param="response_format"), "text.format", "text.format: too big"),
         (
             UserError("tools.1.function.name: 'a' is there twice", param="tools.1.function.name"),
             "tools.1.name",
