@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.engine.blocks import blocks_for
-from service.engine.edits import TokenEdits
+from service.engine.edits import BAN, TokenEdits
 from service.engine.logprobs import top_size
 from service.engine.random_numbers import uniforms
-from service.engine.rows import DRAWS, EDITS, LOGPROBS, MASK, MIN_P, Rows, Words
+from service.engine.rows import DRAWS, EDITS, GREEDY, LOGPROBS, MASK, MIN_P, Rows, Words
 from service.engine.sampler import SamplingPlan
 from service.engine.sequence import Chunk
 from service.engine.words import Fields, Shape, padded_sizes, power_of_two, round_up
@@ -66,8 +67,8 @@ class Batch:
     num_logprobs: int | None
     """How many of the likeliest tokens come with each sampled one; None is no log probability at all."""
     num_prompt_logprobs: int | None
-    edited: list[tuple[int, TokenEdits, int]]
-    """Among those that sample: which one, its edits, and how many these are."""
+    edited: list[tuple[int, TokenEdits, Words]]
+    """Among those that sample: which one, its edits, and what they are now."""
     masked: list[int]
     """Among those that sample: which ones have a mask."""
 
@@ -92,16 +93,16 @@ class Group(NamedTuple):
 
 def group(chunks: Items[Chunk], sizes: Sizes) -> dict[Group, list[int]]:
     """The places of the chunks of each forward."""
-    groups: dict[Group, list[int]] = {}
+    groups: dict[tuple[int | None, int, bool], list[int]] = {}  # plain tuples: one is made for each chunk
     for place, (sequence, start, end, _) in enumerate(chunks):
         padded = 1 if end - start == 1 else round_up(end - start, sizes.tokens)
         wants = sequence.sampling.prompt_logprobs is not None and start + 1 < sequence.num_prompt_tokens
-        key = Group(sequence.generation, padded, wants)
+        key = (sequence.generation, padded, wants)
         if key in groups:
             groups[key].append(place)
         else:
             groups[key] = [place]
-    return groups
+    return {Group(*key): places for key, places in groups.items()}
 
 
 def plan_batch(key: Group, step: Items[Chunk], places: list[int], rows: Rows, sizes: Sizes) -> Batch:
@@ -130,12 +131,13 @@ def plan_batch(key: Group, step: Items[Chunk], places: list[int], rows: Rows, si
             tokens=key.num_tokens,
             blocks=round_up(num_blocks, sizes.blocks),
             samples=round_up(len(sampling), sizes.rows),
-            edits=max(FEWEST_EDITS, power_of_two(sum(size for _, _, size in edited))) if edited else 0,
+            edits=max(FEWEST_EDITS, power_of_two(sum(words.shape[1] for _, _, words in edited))) if edited else 0,
             masks=power_of_two(1 + len(masked)) if masked else 0,
             has_targets=key.has_prompt_logprobs,
         ),
         plan=SamplingPlan(
-            is_greedy=not needs & DRAWS,
+            draws=bool(needs & DRAWS),
+            has_greedy=bool(needs & GREEDY),
             num_candidates=max([rows.num_candidates[row] for row in sampled]) if needs & DRAWS else 0,
             has_min_p=bool(needs & MIN_P),
         ),
@@ -157,12 +159,12 @@ def _most(tops: Iterable[int | None], sizes: Sizes) -> int | None:
     return None if most < 0 else top_size(most, sizes.vocab_size)
 
 
-def _edited(chunks: list[Chunk], sampling: list[int], rows: Rows) -> list[tuple[int, TokenEdits, int]]:
+def _edited(chunks: list[Chunk], sampling: list[int], rows: Rows) -> list[tuple[int, TokenEdits, Words]]:
     edited = []
     for number, index in enumerate(sampling):
         edits = rows.edits[_row(chunks[index])]
-        if edits is not None and (size := edits.advance(chunks[index].sequence.token_ids)):
-            edited.append((number, edits, size))
+        if edits is not None and (words := edits.advance(chunks[index].sequence.token_ids)).size:
+            edited.append((number, edits, words))
     return edited
 
 
@@ -213,7 +215,7 @@ def _write_sampling(batch: Batch, fields: Fields[Words], rows: Rows) -> None:
             index * num_tokens + chunks[index].end - chunks[index].start - 1 for index in batch.sampling
         ]
         indices = indices[batch.sampling]
-    if not batch.plan.is_greedy:
+    if batch.plan.draws:
         ends = np.array([chunks[index].end for index in batch.sampling], dtype=np.int32)
         fields.sampling[:4, :num_rows] = rows.sampling[:, indices]
         fields.sampling[4, :num_rows] = uniforms(rows.keys[indices], ends).view(np.int32)
@@ -221,12 +223,13 @@ def _write_sampling(batch: Batch, fields: Fields[Words], rows: Rows) -> None:
 
 def _write_edits(batch: Batch, edits: Words, vocab_size: int) -> None:
     """Padding repeats the last edit: writing a value twice changes nothing."""
-    index, divisors, addends = edits[0], edits[1].view(np.float32), edits[2].view(np.float32)
-    begin = 0
-    for row, token_edits, size in batch.edited:
-        part = slice(begin, begin + size)
-        sequence = batch.chunks[batch.sampling[row]].sequence
-        token_edits.write(sequence.token_ids, index[part], divisors[part], addends[part])
-        index[part] += row * vocab_size
-        begin += size
-    edits[:, begin:] = edits[:, begin - 1 : begin]
+    lengths = [words.shape[1] for _, _, words in batch.edited]
+    end = sum(lengths)
+    np.concatenate([words for _, _, words in batch.edited], axis=1, out=edits[:, :end])
+    edits[0, :end] += np.repeat(np.array([row * vocab_size for row, _, _ in batch.edited], dtype=np.int32), lengths)
+    addends = edits[2].view(np.float32)
+    for begin, (row, token_edits, _) in zip(accumulate(lengths, initial=0), batch.edited, strict=False):
+        bans = token_edits.bans(batch.chunks[batch.sampling[row]].sequence.token_ids)
+        if bans:
+            addends[[begin + place for place in bans]] = BAN
+    edits[:, end:] = edits[:, end - 1 : end]

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from service.engine.messages import SamplingParams
 from service.engine.sequence import Sequence
 
+Words = NDArray[np.int32]
+
 BAN = -1e30
 """Added to a logit, it leaves no chance beside any other token. Finite: a grammar that allows nothing else still may."""
 
@@ -35,63 +37,62 @@ class TokenEdits:
     def __init__(self, sequence: Sequence) -> None:
         sampling = sequence.sampling
         self._sampling = sampling
+        self._is_counting = _counts_tokens(sampling)
         self._num_prompt_tokens = sequence.num_prompt_tokens
         self._num_counted = sequence.num_prompt_tokens
         prompt = sequence.token_ids[: sequence.num_prompt_tokens] if sampling.repetition_penalty != 1 else []
-        self._tokens: NDArray[np.int32] = np.unique(np.array(prompt, dtype=np.int32))
-        self._divisors: NDArray[np.float32] = np.full(len(self._tokens), sampling.repetition_penalty, dtype=np.float32)
-        self._addends: NDArray[np.float32] = np.zeros(len(self._tokens), dtype=np.float32)
-        self._biases = [0.0] * len(self._tokens)
-        self._counts = [0] * len(self._tokens)
-        self._places: dict[int, int] = dict(zip(self._tokens.tolist(), range(len(self._tokens)), strict=True))
+        tokens = np.unique(np.array(prompt, dtype=np.int32))
+        self._words: Words = np.zeros((3, len(tokens)), dtype=np.int32)
+        """Token, and the bits of divisor and addend, of each listed token; beyond these there may be room."""
+        self._floats = self._words.view(np.float32)
+        self._words[0] = tokens
+        self._floats[1] = sampling.repetition_penalty
+        self._biases = [0.0] * len(tokens)
+        self._counts = [0] * len(tokens)
+        self._places: dict[int, int] = dict(zip(tokens.tolist(), range(len(tokens)), strict=True))
         for token_id, bias in sampling.logit_bias.items():
             self._add_bias(token_id, bias)
         self._ends = [self._place(token_id) for token_id in sequence.stop_token_ids] if sampling.min_tokens else []
-        self._words: dict[int, list[tuple[list[int], int]]] = {}
+        self._bad_words: dict[int, list[tuple[list[int], int]]] = {}
         """By the token before the last: the tokens before the last one, and the place of the last one."""
         for *before, last in sampling.bad_words:
             if before:
-                self._words.setdefault(before[-1], []).append((before, self._place(last)))
+                self._bad_words.setdefault(before[-1], []).append((before, self._place(last)))
             else:
                 self._add_bias(last, BAN)
 
-    def advance(self, token_ids: list[int]) -> int:
-        """Take the tokens that are new since the last call; returns how many logits are changed now."""
-        if _counts_tokens(self._sampling):
+    def advance(self, token_ids: list[int]) -> Words:
+        """Take the tokens that are new since the last call. Returns (3, n): token, and the bits of divisor and addend.
+
+        Each token is there once. Valid until the next call; `bans` tells which of them may not come next.
+        """
+        if self._is_counting:
             for token_id in token_ids[self._num_counted :]:
                 self._count(token_id)
             self._num_counted = len(token_ids)
-        return len(self._places)
+        return self._words[:, : len(self._places)]
 
-    def write(
-        self,
-        token_ids: list[int],
-        tokens: NDArray[np.int32],
-        divisors: NDArray[np.float32],
-        addends: NDArray[np.float32],
-    ) -> None:
-        """Fill three arrays of the length that `advance` told for the same tokens. Each token is there once."""
-        size = len(self._places)
-        tokens[:] = self._tokens[:size]
-        divisors[:] = self._divisors[:size]
-        addends[:] = self._addends[:size]
-        if len(token_ids) - self._num_prompt_tokens < self._sampling.min_tokens:
-            addends[self._ends] += np.float32(BAN)
-        for before, place in self._words.get(token_ids[-1], ()):
-            if token_ids[-len(before) :] == before:
-                addends[place] = BAN
+    def bans(self, token_ids: list[int]) -> list[int]:
+        """Where in the list the tokens are whose addend is BAN now."""
+        banned = self._ends if len(token_ids) - self._num_prompt_tokens < self._sampling.min_tokens else []
+        words = self._bad_words.get(token_ids[-1]) if self._bad_words else None
+        return (
+            banned
+            if words is None
+            else banned + [place for before, place in words if token_ids[-len(before) :] == before]
+        )
 
     def _count(self, token_id: int) -> None:
         sampling, place = self._sampling, self._place(token_id)
         self._counts[place] += 1
         penalty = sampling.presence_penalty + sampling.frequency_penalty * self._counts[place]
-        self._divisors[place] = sampling.repetition_penalty
-        self._addends[place] = self._biases[place] - penalty
+        self._floats[1, place] = sampling.repetition_penalty
+        self._floats[2, place] = self._biases[place] - penalty
 
     def _add_bias(self, token_id: int, bias: float) -> None:
         place = self._place(token_id)
         self._biases[place] += bias
-        self._addends[place] = self._biases[place]
+        self._floats[2, place] = self._biases[place]
 
     def _place(self, token_id: int) -> int:
         """Where the token is listed; it is listed from now on."""
@@ -99,16 +100,12 @@ class TokenEdits:
         if place is not None:
             return place
         place = len(self._places)
-        if place == len(self._tokens):
-            self._grow()
+        if place == self._words.shape[1]:
+            room = np.zeros((3, max(16, place)), dtype=np.int32)
+            self._words = np.concatenate((self._words, room), axis=1)
+            self._floats = self._words.view(np.float32)
         self._places[token_id] = place
-        self._tokens[place], self._divisors[place], self._addends[place] = token_id, 1.0, 0.0
+        self._words[0, place], self._floats[1, place] = token_id, 1.0
         self._biases.append(0.0)
         self._counts.append(0)
         return place
-
-    def _grow(self) -> None:
-        more = max(16, len(self._tokens))
-        self._tokens = np.concatenate((self._tokens, np.zeros(more, dtype=np.int32)))
-        self._divisors = np.concatenate((self._divisors, np.zeros(more, dtype=np.float32)))
-        self._addends = np.concatenate((self._addends, np.zeros(more, dtype=np.float32)))

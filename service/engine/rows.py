@@ -14,7 +14,7 @@ from service.engine.sequence import Chunk, Sequence
 
 Words = NDArray[np.int32]
 
-DRAWS, MIN_P, EDITS, MASK, LOGPROBS = 1, 2, 4, 8, 16
+GREEDY, DRAWS, MIN_P, EDITS, MASK, LOGPROBS = 1, 2, 4, 8, 16, 32
 """What a row asks of the sampler, as bits of `Rows.needs`."""
 
 
@@ -68,7 +68,7 @@ class Rows:
         allowed = sampling.allowed_token_ids
         self.masks[row] = None if allowed is None else pack_mask(allowed, self._vocab_size)
         self.needs[row] = (
-            (DRAWS if sampling.temperature > 0 else 0)
+            (DRAWS if sampling.temperature > 0 else GREEDY)
             | (MIN_P if sampling.min_p > 0 else 0)
             | (EDITS if self.edits[row] is not None else 0)
             | (MASK if allowed is not None or sequence.matcher is not None else 0)

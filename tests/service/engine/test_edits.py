@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-from service.engine.edits import TokenEdits, needs_edits
+from service.engine.edits import BAN, TokenEdits, needs_edits
 from service.engine.messages import SamplingParams
 from service.engine.sampler import EditInputs, edit
 from service.engine.sequence import Sequence
@@ -38,14 +38,11 @@ def sequence_of(
 
 def apply(edits: TokenEdits, token_ids: list[int], logits: Tensor) -> Tensor:
     """As a step does, for one row."""
-    size = edits.advance(token_ids)
-    tokens = np.zeros(size, dtype=np.int32)
-    divisors, addends = np.zeros((2, size), dtype=np.float32)
-    edits.write(token_ids, tokens, divisors, addends)
-    assert len(set(tokens.tolist())) == size
-    inputs = EditInputs(
-        index=torch.from_numpy(tokens), divisor=torch.from_numpy(divisors), addend=torch.from_numpy(addends)
-    )
+    words = edits.advance(token_ids).copy()
+    assert len(set(words[0].tolist())) == words.shape[1]
+    words[2].view(np.float32)[edits.bans(token_ids)] = BAN
+    index, divisor, addend = torch.from_numpy(words)
+    inputs = EditInputs(index=index, divisor=divisor.view(torch.float32), addend=addend.view(torch.float32))
     return edit(logits.unsqueeze(0), inputs)[0]
 
 

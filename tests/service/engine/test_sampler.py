@@ -44,7 +44,8 @@ def inputs_of(rows: list[SamplingParams], numbers: list[float]) -> SamplingInput
 
 def plan_of(rows: list[SamplingParams]) -> SamplingPlan:
     return SamplingPlan(
-        is_greedy=all(row.temperature == 0 for row in rows),
+        draws=any(row.temperature > 0 for row in rows),
+        has_greedy=any(row.temperature == 0 for row in rows),
         num_candidates=max(num_candidates(row, VOCAB) for row in rows),
         has_min_p=any(row.min_p for row in rows),
     )
