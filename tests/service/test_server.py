@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
@@ -119,6 +120,16 @@ def test_more_connections_fit_than_the_shell_allows_by_itself(home: Path) -> Non
             for _ in range(100):
                 idle.enter_context(socket.create_connection((host, int(port))))
             assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_an_answer_does_not_wait_for_the_clients_acknowledgement(home: Path) -> None:
+    seconds = []
+    with running(home) as server, httpx.Client(base_url=server.url) as client:
+        for _ in range(21):
+            start = time.perf_counter()
+            client.get("/version")
+            seconds.append(time.perf_counter() - start)
+    assert median(seconds) < 0.02  # 0.04 is what Linux waits
 
 
 def test_a_killed_engine_fails_what_runs_and_comes_back(home: Path) -> None:
