@@ -14,6 +14,8 @@ content may be missing, and a message of role `tool` may have `tool_call_id` and
 
 ROLES = ("system", "user", "assistant")
 FIELDS = ("role", "content")
+MAX_ARGUMENTS_DEPTH = 100
+"""Of objects and lists within each other. Writing JSON fails for a few hundred more."""
 TOOL_FIELDS = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
 
 
@@ -52,6 +54,9 @@ def parse_arguments(arguments: Any, where: str) -> dict[str, Any]:
             ) from error
     if not isinstance(arguments, Mapping):
         raise UserError(f"{where}: must be a JSON object (got {arguments!r:.80})", param=where)
+    if _is_deeper(arguments, MAX_ARGUMENTS_DEPTH):
+        limit = f"more than {MAX_ARGUMENTS_DEPTH} objects and lists within each other"
+        raise UserError(f"{where}: {limit}", param=where)
     return dict(arguments)
 
 
@@ -92,6 +97,15 @@ def _with_arguments(call: Mapping[str, Any], where: str) -> dict[str, Any]:
     function = call["function"]
     arguments = parse_arguments(function["arguments"], f"{where}.function.arguments")
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Found without recursion, which deep values would exhaust."""
+    level = [value]
+    for _ in range(depth):
+        nested = [item for item in level if isinstance(item, Mapping | list)]
+        level = [one for item in nested for one in (item.values() if isinstance(item, Mapping) else item)]
+    return any(isinstance(item, Mapping | list) for item in level)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -189,6 +189,11 @@ def test_named_templates_may_stand_in_tokenizer_config(tmp_path: Path) -> None:
         (call(arguments="[1]"), "messages[1].tool_calls[0].function.arguments", r"must be a JSON object \(got \[1\]"),
         (call(arguments='{"a": NaN}'), "messages[1].tool_calls[0].function.arguments", "NaN is not JSON"),
         (call(arguments='{"a":' * 9999), "messages[1].tool_calls[0].function.arguments", "must be a JSON object"),
+        (
+            call(arguments='{"a":' * 101 + "1" + "}" * 101),
+            "messages[1].tool_calls[0].function.arguments",
+            "more than 100 objects and lists",
+        ),
         (USER | {"tool_calls": call()["tool_calls"]}, "messages[1]", r"tool_calls: unknown field"),
         (USER | {"tool_call_id": "x"}, "messages[1]", r"tool_call_id: unknown field; a message has role and content"),
         (RESULT | {"content": None}, "messages[1].content", "must be a string"),
@@ -199,6 +204,12 @@ def test_malformed_calls_and_results_are_refused(tmp_path: Path, message: Any, p
     with pytest.raises(UserError, match=reason) as caught:
         template.render([USER, message], add_generation_prompt=True)
     assert caught.value.param == param
+
+
+def test_deep_arguments_are_still_written(tmp_path: Path) -> None:
+    deep = '{"a":' * 100 + "1" + "}" * 100
+    text = write_chat_model(tmp_path, "qwen2.5").render([USER, call(arguments=deep)], add_generation_prompt=False)
+    assert text.count('{"a": ') == 100
 
 
 def test_conversations_with_calls_are_not_trained(tmp_path: Path) -> None:
