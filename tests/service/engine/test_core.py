@@ -142,26 +142,6 @@ def test_an_abort_of_a_request_that_is_over_is_nothing(start: Start) -> None:
     assert len(driver.stats) == num_events
 
 
-@pytest.mark.parametrize(
-    ("prompt_ids", "sampling", "reason"),
-    [
-        ([], {}, "prompt: it is empty"),
-        ([3] * 250, {"max_tokens": 7}, "prompt: 250 tokens, and max_tokens 7, are together more than the 256"),
-        ([3], {"max_tokens": -1}, "max_tokens: must be at least 0 (got -1)"),
-        ([3, VOCAB_SIZE], {}, "prompt: token ids must be in 0..271"),
-        ([-1], {}, "prompt: token ids must be in 0..271"),
-    ],
-)
-def test_a_request_that_can_never_be_served_is_refused(
-    start: Start, prompt_ids: list[int], sampling: dict[str, Any], reason: str
-) -> None:
-    driver = start()
-    driver.add("a", prompt_ids, **sampling)
-    driver.step()
-    assert driver.failed["a"].kind == "invalid"
-    assert reason in driver.failed["a"].message
-
-
 def test_the_longest_request_that_is_taken_is_served(start: Start) -> None:
     driver = start(kv_cache_bytes=8 * 32 * 2 * 2 * 2 * 8 * 4)
     assert driver.engine.ready.max_model_len == 256

@@ -75,6 +75,32 @@ def test_no_request_is_lost_to_a_swap_and_each_keeps_its_weights(
     assert loaded.mode == swap
 
 
+@pytest.mark.parametrize("swap", MODES)
+def test_new_weights_read_nothing_that_old_ones_computed(
+    start: Start, tiny: Path, other_tiny: Path, swap: SwapMode
+) -> None:
+    prompt = list(range(3, 103))
+    expected = []
+    for folder in (tiny, other_tiny):
+        fresh = start()
+        fresh.load(folder, "alone")
+        expected.append(fresh.generate(prompt, "alone"))
+    driver = start(swap=swap)
+    names, folders = ["m", "second", "third"], [tiny, other_tiny, tiny]
+    for index, name in enumerate(names):
+        if index:
+            driver.add(f"across-{index}", prompt, names[index - 1])
+            driver.step()
+            driver.load(folders[index], name, replaces=names[index - 1])
+        driver.add(f"{name}-1", prompt, name)
+        driver.finish()
+        driver.add(f"{name}-2", prompt, name)
+        driver.finish()
+        assert driver.tokens(f"{name}-1") == driver.tokens(f"{name}-2") == expected[index % 2]
+        assert [driver.outputs[f"{name}-{turn}"][0].num_cached_tokens for turn in (1, 2)] == [0, 96]
+    assert [driver.tokens(f"across-{index}") for index in (1, 2)] == expected
+
+
 def test_overlapping_sets_decode_in_the_same_steps(
     start: Start, other_tiny: Path, answers: dict[str, list[int]]
 ) -> None:
