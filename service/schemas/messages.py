@@ -72,7 +72,7 @@ class Function(Strict):
     parameters: dict[str, Any] | None = None
     """A JSON schema of an object. Without it the function has no parameters."""
     strict: bool | None = None
-    """Arguments of a call that must follow the schema do so in any case where `tool_choice` names or requires one."""
+    """The arguments follow the schema whenever it is called. They do in any case where `tool_choice` asks for a call."""
 
 
 class Tool(Strict):
@@ -89,32 +89,61 @@ class NamedToolChoice(Strict):
     function: NamedFunction
 
 
+class AllowedFunctions(Strict):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedToolChoice], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedToolChoice(Strict):
+    """The model is shown all tools, and may call these."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedFunctions
+
+
 CHOICES = ("none", "auto", "required")
-CHOICE_SCHEMA = {
-    "anyOf": [
-        {"enum": [*CHOICES]},
-        {
+NAMED_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+    },
+    "required": ["type", "function"],
+}
+ALLOWED_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "allowed_tools"},
+        "allowed_tools": {
             "type": "object",
             "properties": {
-                "type": {"const": "function"},
-                "function": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+                "mode": {"enum": ["auto", "required"]},
+                "tools": {"type": "array", "items": NAMED_SCHEMA, "minItems": 1, "maxItems": MAX_TOOLS},
             },
-            "required": ["type", "function"],
+            "required": ["mode", "tools"],
         },
-        {"type": "null"},
-    ],
-    "description": "`none`: no call. `auto`: the model decides. `required`: at least one call. Or the tool to call.",
+    },
+    "required": ["type", "allowed_tools"],
+}
+CHOICE_SCHEMA = {
+    "anyOf": [{"enum": [*CHOICES]}, NAMED_SCHEMA, ALLOWED_SCHEMA, {"type": "null"}],
+    "description": "`none`: no call. `auto`: the model decides. `required`: at least one call. Or the tool to call, or "
+    "those that may be.",
 }
 
 
-def parse_tool_choice(value: object) -> str | NamedToolChoice | None:
-    if value is None or value in CHOICES:
+def parse_tool_choice(value: object) -> str | NamedToolChoice | AllowedToolChoice | None:
+    if value is None or isinstance(value, NamedToolChoice | AllowedToolChoice) or value in CHOICES:
         return value
+    is_several = isinstance(value, dict) and value.get("type") == "allowed_tools"
     try:
-        return NamedToolChoice.model_validate(value)
+        return AllowedToolChoice.model_validate(value) if is_several else NamedToolChoice.model_validate(value)
     except ValueError:
         named = '{"type": "function", "function": {"name": ...}}'
-        raise ValueError(f"must be one of {', '.join(CHOICES)}, or {named}") from None
+        several = f'{{"type": "allowed_tools", "allowed_tools": {{"mode": "auto" or "required", "tools": [{named}]}}}}'
+        raise ValueError(f"must be one of {', '.join(CHOICES)}, or {named}, or {several}") from None
 
 
-ToolChoice = Annotated[str | NamedToolChoice | None, PlainValidator(parse_tool_choice), WithJsonSchema(CHOICE_SCHEMA)]
+ToolChoice = Annotated[
+    str | NamedToolChoice | AllowedToolChoice | None, PlainValidator(parse_tool_choice), WithJsonSchema(CHOICE_SCHEMA)
+]

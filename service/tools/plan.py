@@ -10,11 +10,13 @@ from lm.errors import UserError
 from lm.messages import Message
 from lm.template import ChatTemplate
 from service.json_schemas import check_schema
-from service.schemas.messages import Function, NamedToolChoice, Tool
+from service.schemas.messages import AllowedToolChoice, Function, NamedToolChoice, Tool
 from service.tools.formats import HERMES, ToolFormat, find_format
 from service.tools.grammar import MAX_CALLS, calls_grammar, calls_or_answer
 from service.tools.parser import ToolParser
 from service.tools.prompt import described_messages, native_messages, shown_tools
+
+Choice = str | NamedToolChoice | AllowedToolChoice | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +94,7 @@ class ToolPlan:
 
 def plan_tools(
     tools: Sequence[Tool] | None,
-    tool_choice: str | NamedToolChoice | None,
+    tool_choice: Choice,
     parallel_tool_calls: bool | None,
     template: ChatTemplate,
 ) -> ToolPlan:
@@ -103,13 +105,14 @@ def plan_tools(
     chosen = _chosen(functions, tool_choice)
     native_format = find_format(template)
     is_named = isinstance(tool_choice, NamedToolChoice)
+    mode = tool_choice.allowed_tools.mode if isinstance(tool_choice, AllowedToolChoice) else tool_choice
     return ToolPlan(
         template=template,
         native_format=native_format,
         tools=shown_tools(functions) if chosen else (),
         functions=chosen,
         max_calls=1 if is_named or parallel_tool_calls is False else None,
-        must_call=is_named or tool_choice == "required",
+        must_call=is_named or mode == "required",
         is_named=is_named,
         special_tokens=(native_format or HERMES).special_tokens(template.tokenizer) if chosen else {},
     )
@@ -130,19 +133,22 @@ def _checked(functions: Sequence[Function]) -> Sequence[Function]:
     return functions
 
 
-def _chosen(functions: Sequence[Function], tool_choice: str | NamedToolChoice | None) -> Sequence[Function]:
+def _chosen(functions: Sequence[Function], choice: Choice) -> Sequence[Function]:
     """Those that the answer may call."""
-    if tool_choice == "none":
+    if choice == "none":
         return ()
-    if tool_choice not in (None, "auto") and not functions:
+    if choice not in (None, "auto") and not functions:
         raise UserError(
             "tool_choice: there are no tools to choose from; send tools, or leave it out", param="tool_choice"
         )
-    if not isinstance(tool_choice, NamedToolChoice):
+    if isinstance(choice, NamedToolChoice):
+        names = [choice.function.name]
+    elif isinstance(choice, AllowedToolChoice):
+        names = [tool.function.name for tool in choice.allowed_tools.tools]
+    else:
         return functions
-    name = tool_choice.function.name
-    chosen = [function for function in functions if function.name == name]
-    if not chosen:
-        known = ", ".join(function.name for function in functions)[:200]
-        raise UserError(f"tool_choice: {name!r:.80} is none of the tools ({known})", param="tool_choice")
-    return chosen
+    by_name = {function.name: function for function in functions}
+    if unknown := [name for name in names if name not in by_name]:
+        known = ", ".join(by_name)[:200]
+        raise UserError(f"tool_choice: {unknown[0]!r:.80} is none of the tools ({known})", param="tool_choice")
+    return [by_name[name] for name in dict.fromkeys(names)]

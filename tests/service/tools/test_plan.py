@@ -10,7 +10,15 @@ import pytest
 from lm.errors import UserError
 from lm.template import ChatTemplate, load_template
 from lm.tokenizer import load_tokenizer
-from service.schemas.messages import Function, NamedFunction, NamedToolChoice, Tool
+from service.schemas.messages import (
+    AllowedFunctions,
+    AllowedToolChoice,
+    Function,
+    NamedFunction,
+    NamedToolChoice,
+    Tool,
+    parse_tool_choice,
+)
 from service.tools.plan import ToolPlan, plan_tools
 from tests.support.chat_templates import add_special_tokens, write_chat_model
 
@@ -66,6 +74,16 @@ def test_a_named_function_is_the_only_one_and_called_once(template: ChatTemplate
     assert '\\"f\\"' not in plan.grammar
 
 
+@pytest.mark.parametrize(("mode", "must_call"), [("auto", False), ("required", True)])
+def test_of_the_tools_that_are_shown_some_may_be_called(template: ChatTemplate, mode: Any, must_call: bool) -> None:
+    allowed = AllowedToolChoice(type="allowed_tools", allowed_tools=AllowedFunctions(mode=mode, tools=[named("g")] * 2))
+    plan = plan_tools([tool("f"), tool("g"), tool("h")], allowed, None, template)
+    assert (names(plan), len(plan.tools), plan.must_call) == (["g"], 3, must_call)
+    assert plan.finish_reason("stop", 1) == "tool_calls"
+    with pytest.raises(UserError, match=r"'g' is none of the tools \(f\)"):
+        plan_tools([tool("f")], allowed, None, template)
+
+
 def test_the_finish_reason_is_openais(template: ChatTemplate) -> None:
     free = plan_tools([tool("f")], None, None, template)
     assert free.finish_reason("stop", 1) == "tool_calls"
@@ -117,3 +135,16 @@ def test_tools_and_choices_that_cannot_be_are_refused(
 @pytest.mark.parametrize("choice", [None, "none", "auto"])
 def test_a_choice_that_asks_for_nothing_needs_no_tools(template: ChatTemplate, choice: str | None) -> None:
     assert not plan_tools([], choice, True, template).may_call
+
+
+def test_the_choices_of_openais_clients_are_read() -> None:
+    one = {"type": "function", "function": {"name": "f"}}
+    several = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [one]}}
+    assert parse_tool_choice(one) == named("f")
+    assert parse_tool_choice(several) == AllowedToolChoice(
+        type="allowed_tools", allowed_tools=AllowedFunctions(mode="auto", tools=[named("f")])
+    )
+    wrong: Any
+    for wrong in ("any", {"type": "function", "name": "f"}, {**several, "tools": []}, {"type": "allowed_tools"}, 1, []):
+        with pytest.raises(ValueError, match="must be one of none, auto, required, or"):
+            parse_tool_choice(wrong)
