@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
@@ -63,6 +63,7 @@ sampling_fields = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(
     fields=sampling_fields,
     prompt=st.lists(TOKENS, min_size=1, max_size=10),
@@ -88,6 +89,7 @@ def test_edits_are_what_the_plain_definition_says_at_every_length(
         assert torch.allclose(edited[edited > -1e29], expected[expected > -torch.inf], rtol=1e-5, atol=1e-4)
 
 
+@settings(deadline=None)
 @given(text=st.lists(TOKENS, min_size=1, max_size=20), penalty=st.floats(0.1, 3), seed=st.integers(0, 99))
 def test_the_repetition_penalty_is_that_of_transformers(text: list[int], penalty: float, seed: int) -> None:
     sequence = sequence_of(text[:1], text[1:], repetition_penalty=penalty)
@@ -97,6 +99,7 @@ def test_the_repetition_penalty_is_that_of_transformers(text: list[int], penalty
     assert torch.allclose(ours, theirs, rtol=1e-6)
 
 
+@settings(deadline=None)
 @given(
     text=st.lists(TOKENS, min_size=1, max_size=20),
     words=st.lists(st.lists(TOKENS, min_size=1, max_size=3), min_size=1, max_size=5),

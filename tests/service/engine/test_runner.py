@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -88,6 +88,7 @@ requests = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(requests, min_size=1, max_size=8))
 def test_every_row_gets_the_token_of_the_plain_definition_and_the_same_one_alone(batch: list[dict[str, Any]]) -> None:
     desk, alone = Desk(TABLE), Desk(TABLE)
