@@ -55,6 +55,8 @@ class ToolParser:
     """Functions that may be called: a call of another one is content."""
     max_calls: int | None = None
     """Calls beyond are left out."""
+    must_call: bool = False
+    """A grammar holds the answer to calls: what is held at its end is the beginning of one, and no content."""
     num_calls: int = 0
     """Calls that have begun."""
     held: str = ""
@@ -77,7 +79,7 @@ class ToolParser:
 
     def flush(self) -> list[Delta]:
         """The rest, at the end of the answer. A call that has begun stays one, as far as it came."""
-        in_call = self.scanner is not None and self.is_certain
+        in_call = self.must_call or (self.scanner is not None and self.is_certain)
         if not in_call and (self.num_calls == 0 or self.held.strip(SPACE)):
             self._content(self.held)
         self.held, self.scanner = "", None

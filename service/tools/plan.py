@@ -85,7 +85,8 @@ class ToolPlan:
     def parser(self) -> ToolParser:
         """For one answer."""
         format = self.format.name if self.may_call else None
-        return ToolParser(format, frozenset(function.name for function in self.functions), self.max_calls)
+        names = frozenset(function.name for function in self.functions)
+        return ToolParser(format, names, self.max_calls, self.must_call)
 
     def finish_reason(self, reason: str, num_calls: int) -> str:
         """As OpenAI has it: `tool_calls` for an answer that ended with calls, but `stop` where the function was named."""

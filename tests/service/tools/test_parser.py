@@ -231,6 +231,13 @@ def test_calls_beyond_the_limit_are_left_out(format: str, text: str) -> None:
     assert parse(format, text, max_calls=1) == parse(format, *text, max_calls=1) == expected
 
 
+@pytest.mark.parametrize("cut", ["<tool_", '<tool_call>\n{"name": "get_', '<tool_call>\n{"name": "f", "arguments'])
+def test_a_call_that_must_be_and_is_cut_off_is_no_content(cut: str) -> None:
+    parser = ToolParser("hermes", NAMES, must_call=True)
+    assert told(parser.add(f"{HERMES_CALL}\n{cut}") + parser.flush()) == Told("", (("get_weather", WEATHER),))
+    assert ToolParser("hermes", NAMES, must_call=True).add(cut) == []
+
+
 # ---- in general
 
 JSON = st.recursive(
