@@ -8,7 +8,18 @@ from typing import Any
 
 from lm.errors import UserError
 from service.errors import ApiError
-from service.schemas.messages import CalledFunction, Function, Message, NamedFunction, NamedToolChoice, Tool, ToolCall
+from service.schemas.messages import (
+    AllowedFunctions,
+    AllowedToolChoice,
+    CalledFunction,
+    Function,
+    Message,
+    NamedFunction,
+    NamedToolChoice,
+    Tool,
+    ToolCall,
+    ToolChoice,
+)
 from service.schemas.requests import Conversation
 from service.schemas.response_items import AnyItem, InputFunctionCall, InputFunctionCallOutput, InputMessage
 from service.schemas.responses import AllowedTools, FunctionTool, NamedFunctionChoice, ResponseRequest
@@ -25,7 +36,7 @@ def conversation_of(body: ResponseRequest) -> Conversation:
     """Raises UserError for the result of a call that nobody made."""
     return Conversation(
         messages=chat_messages(body.instructions, body.input),
-        tools=[_tool(tool) for tool in _allowed(body)] or None,
+        tools=[_tool(tool) for tool in body.tools or ()] or None,
         tool_choice=_choice(body),
         parallel_tool_calls=body.parallel_tool_calls,
         chat_template_kwargs=body.chat_template_kwargs,
@@ -88,23 +99,20 @@ def _call(item: InputFunctionCall) -> ToolCall:
     return ToolCall(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments))
 
 
-def _allowed(body: ResponseRequest) -> list[FunctionTool]:
-    tools = body.tools or []
-    if not isinstance(body.tool_choice, AllowedTools):
-        return tools
-    names = {tool.name for tool in body.tool_choice.tools}
-    return [tool for tool in tools if tool.name in names]
-
-
 def _tool(tool: FunctionTool) -> Tool:
     return Tool(type="function", function=Function(**{name: getattr(tool, name) for name in Function.model_fields}))
 
 
-def _choice(body: ResponseRequest) -> str | NamedToolChoice | None:
+def _choice(body: ResponseRequest) -> ToolChoice:
     match body.tool_choice:
-        case AllowedTools(mode=mode):
-            return mode
-        case NamedFunctionChoice(name=name):
-            return NamedToolChoice(type="function", function=NamedFunction(name=name))
+        case AllowedTools(mode=mode, tools=tools):
+            allowed = AllowedFunctions(mode=mode, tools=[_named(tool) for tool in tools])
+            return AllowedToolChoice(type="allowed_tools", allowed_tools=allowed)
+        case NamedFunctionChoice() as tool:
+            return _named(tool)
         case choice:
             return choice
+
+
+def _named(tool: NamedFunctionChoice) -> NamedToolChoice:
+    return NamedToolChoice(type="function", function=NamedFunction(name=tool.name))

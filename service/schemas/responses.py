@@ -98,7 +98,7 @@ class NamedFunctionChoice(Strict):
 
 
 class AllowedTools(Strict):
-    """Some of `tools`: the model sees and may call no others."""
+    """The model is shown all tools, and may call these."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
@@ -189,16 +189,6 @@ class ResponseRequest(BaseSampling):
     truncation: Annotated[Any, Only(None, "disabled", mend="shorten input")] = None
     context_management: Annotated[Any, Only(None, [])] = None
     moderation: Annotated[Any, Only(None)] = None
-
-    @field_validator("tool_choice")
-    @classmethod
-    def _of_the_tools(cls, value: ResponseToolChoice, info: ValidationInfo) -> ResponseToolChoice:
-        known = [tool.name for tool in info.data.get("tools") or ()]
-        named = value.tools if isinstance(value, AllowedTools) else ()
-        for tool in named:
-            if tool.name not in known:
-                raise ValueError(f"{tool.name!r:.80} is none of the tools; they are {', '.join(known) or 'missing'}")
-        return value
 
     @field_validator("stream_options")
     @classmethod

@@ -98,11 +98,15 @@ def test_a_named_choice_is_that_of_a_chat() -> None:
     assert chosen.model_dump() == {"type": "function", "function": {"name": "weather"}}
 
 
-def test_allowed_tools_leave_the_others_out() -> None:
+def test_allowed_tools_are_those_of_a_chat() -> None:
     allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "time"}]}
     conversation = conversation_of(request(tools=[WEATHER, TIME], tool_choice=allowed))
-    assert [tool.function.name for tool in conversation.tools or ()] == ["time"]
-    assert conversation.tool_choice == "required"
+    assert [tool.function.name for tool in conversation.tools or ()] == ["weather", "time"]
+    assert not isinstance(conversation.tool_choice, str | None)
+    assert conversation.tool_choice.model_dump() == {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "time"}}]},
+    }
 
 
 def test_a_format_is_that_of_a_chat() -> None:
