@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from itertools import count
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lm.cache import KVCache, PagedBatch
-from lm.model import CausalLM
 from service.engine.blocks import blocks_for
 from service.engine.messages import SamplingParams
 from service.engine.runner import Output, Runner
@@ -41,23 +40,30 @@ class Bigram:
 
 
 class Desk:
-    """Rows, blocks and steps by hand, where the engine has a scheduler."""
+    """Rows, blocks and steps by hand, where the engine has a scheduler. `model` is one, or what stands in for one."""
 
-    def __init__(self, table: Tensor, *, max_num_seqs: int = 8, max_num_batched_tokens: int = 16) -> None:
-        self.model = Bigram(table)
-        self.vocab_size = table.shape[1]
-        num_blocks = 1 + max_num_seqs * blocks_for(MAX_MODEL_LEN, BLOCK_SIZE)
-        cache = KVCache(keys=(), values=(), num_blocks=num_blocks, block_size=BLOCK_SIZE)
+    def __init__(
+        self,
+        model: Any,
+        cache: KVCache,
+        *,
+        vocab_size: int,
+        device: torch.device = CPU,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 16,
+    ) -> None:
+        self.model = model
+        self.vocab_size = vocab_size
         self.runner = Runner(
             cache,
-            table.device,
+            device,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=MAX_MODEL_LEN,
-            vocab_size=self.vocab_size,
+            vocab_size=vocab_size,
         )
         self._bindings = count(1)
-        self._free_blocks = iter(range(1, num_blocks))
+        self._free_blocks = iter(range(1, cache.num_blocks))
 
     def sequence(
         self,
@@ -93,7 +99,7 @@ class Desk:
         sequence.blocks += [next(self._free_blocks) for _ in range(missing)]
 
     def run(self, *chunks: Chunk) -> Output:
-        return self.runner.run(chunks, lambda _: cast(CausalLM, self.model))
+        return self.runner.run(chunks, lambda _: self.model)
 
     def next_tokens(self, *sequences: Sequence) -> list[int]:
         """One decoding step of all."""
@@ -106,6 +112,12 @@ class Desk:
                 sequence.token_ids.append(token_id)
                 self.grow(sequence)
         return [sequence.token_ids[-num_tokens:] for sequence in sequences]
+
+
+def bigram_desk(table: Tensor, *, max_num_seqs: int = 8) -> Desk:
+    num_blocks = 1 + 2 * max_num_seqs * blocks_for(MAX_MODEL_LEN, BLOCK_SIZE)
+    cache = KVCache(keys=(), values=(), num_blocks=num_blocks, block_size=BLOCK_SIZE)
+    return Desk(Bigram(table), cache, vocab_size=len(table), device=table.device, max_num_seqs=max_num_seqs)
 
 
 def decoding(sequence: Sequence) -> Chunk:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from service.engine.random_numbers import stream_key, uniforms
 from service.engine.rows import pack_mask
 from service.engine.sequence import Sequence
-from tests.support.bigram import Desk, decoding, prefilling, random_table
+from tests.support.bigram import Desk, bigram_desk, decoding, prefilling, random_table
 from tests.support.sampling_reference import distribution, edited_logits, possible_tokens
 
 VOCAB = 40
@@ -91,7 +90,7 @@ requests = st.fixed_dictionaries(
 @settings(deadline=None)
 @given(st.lists(requests, min_size=1, max_size=8))
 def test_every_row_gets_the_token_of_the_plain_definition_and_the_same_one_alone(batch: list[dict[str, Any]]) -> None:
-    desk, alone = Desk(TABLE), Desk(TABLE)
+    desk, alone = bigram_desk(TABLE), bigram_desk(TABLE)
 
     def place(desk: Desk, request: dict[str, Any], row: int) -> Sequence:
         matcher = None if request["grammar"] is None else FixedMatcher(request["grammar"])
@@ -123,17 +122,17 @@ def test_a_seeded_request_draws_the_same_answer_alone_and_in_a_full_batch() -> N
         {"seed": 5, "bad_words": ((3,), (4, 5)), "min_tokens": 9},
         {"seed": 6, "logprobs": 3},
     ]
-    desk = Desk(TABLE)
+    desk = bigram_desk(TABLE)
     rows = [desk.sequence([5, 9], row=row, stop_token_ids=[1], **kind) for row, kind in enumerate(kinds)]
     together = desk.continue_by(12, *rows)
     for kind, answer in zip(kinds, together, strict=True):
-        alone = Desk(TABLE)
+        alone = bigram_desk(TABLE)
         assert alone.continue_by(12, alone.sequence([5, 9], stop_token_ids=[1], **kind)) == [answer]
     assert together[0] != together[1]
 
 
 def test_a_row_that_another_request_takes_over_is_written_anew() -> None:
-    desk = Desk(TABLE)
+    desk = bigram_desk(TABLE)
     first = desk.sequence([1, 2, 3], row=2, temperature=0, logit_bias={7: 100.0}, allowed_token_ids=(7, 8), logprobs=1)
     second = desk.sequence([4], row=2, temperature=0)
     assert desk.next_tokens(first) == [7]
@@ -146,7 +145,7 @@ def test_a_row_that_another_request_takes_over_is_written_anew() -> None:
 
 
 def test_chunks_of_one_padded_size_share_a_forward_and_only_the_last_of_a_prompt_samples() -> None:
-    desk = Desk(TABLE)
+    desk = bigram_desk(TABLE)
     old, done, half, other = (desk.sequence(range(1, 9), row=row, temperature=0) for row in range(4))
     output = desk.run(
         decoding(old), prefilling(done, start=1), prefilling(half, end=7), prefilling(other, start=2, end=5)
@@ -158,7 +157,7 @@ def test_chunks_of_one_padded_size_share_a_forward_and_only_the_last_of_a_prompt
 
 
 def test_each_generation_has_a_forward_of_its_own() -> None:
-    desk = Desk(TABLE)
+    desk = bigram_desk(TABLE)
     rows = [desk.sequence([1, 2], row=row, temperature=0) for row in range(4)]
     rows[1].generation = rows[3].generation = 1
     output = desk.run(*map(decoding, rows))
@@ -167,7 +166,7 @@ def test_each_generation_has_a_forward_of_its_own() -> None:
 
 
 def test_tokens_come_in_the_order_of_the_chunks_whatever_the_forwards() -> None:
-    desk = Desk(TABLE)
+    desk = bigram_desk(TABLE)
     rows = [desk.sequence([row, row + 1], row=row, temperature=0) for row in range(6)]
     for sequence in rows[::2]:
         sequence.generation = 1
@@ -176,13 +175,13 @@ def test_tokens_come_in_the_order_of_the_chunks_whatever_the_forwards() -> None:
 
 
 def test_a_chunk_that_samples_nothing_gives_no_token() -> None:
-    desk = Desk(TABLE)
+    desk = bigram_desk(TABLE)
     output = desk.run(prefilling(desk.sequence([1, 2, 3]), end=2))
     assert (output.token_ids, output.logprobs, output.prompt_logprobs) == ([], [], {})
 
 
 def test_a_prompt_of_one_token_decodes_beside_the_others() -> None:
-    desk = Desk(TABLE)
+    desk = bigram_desk(TABLE)
     chunks = [
         decoding(desk.sequence([1, 2], row=0, temperature=0)),
         prefilling(desk.sequence([9], temperature=0, row=1)),
@@ -197,20 +196,15 @@ def test_a_prompt_of_one_token_decodes_beside_the_others() -> None:
 
 def test_masks_are_filled_while_the_model_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The forward ends only after the mask was filled: one after the other, they would wait for ever."""
-    desk, filled = Desk(TABLE), threading.Event()
+    desk, filled = bigram_desk(TABLE), threading.Event()
     logits = desk.model.logits
-
-    def slow_logits(hidden: torch.Tensor) -> torch.Tensor:
-        assert filled.wait(30)
-        return logits(hidden)
-
-    monkeypatch.setattr(desk.model, "logits", slow_logits)
+    monkeypatch.setattr(desk.model, "logits", lambda hidden: logits(hidden) if filled.wait(30) else None)
     sequence = desk.sequence([1, 2], matcher=FixedMatcher({11}, before=filled.set), temperature=0)
     assert desk.next_tokens(sequence) == [11]
 
 
 def test_a_matcher_that_fails_fails_the_step_and_leaves_the_next_alone() -> None:
-    desk = Desk(TABLE)
+    desk = bigram_desk(TABLE)
 
     def fail() -> None:
         raise ValueError("no such state")
