@@ -81,28 +81,30 @@ class Answer:
         """Take the tokens of one step, up to the one that completes a stop string. None where there is nothing to tell."""
         if output.num_cached_tokens is not None:
             self.num_cached_tokens = output.num_cached_tokens
-        self.prompt_logprobs += output.prompt_logprobs
-        text = "".join([self._add(output, number) for number in range(len(output.token_ids))])
-        if output.finish_reason is not None and self.finish_reason is None:
-            text += self._end(output.finish_reason, output.stop_token_id)
-        if text or self.finish_reason is not None or (output.token_ids and output.logprobs):
+        if output.prompt_logprobs:
+            self.prompt_logprobs += output.prompt_logprobs
+        num_before = len(self.token_ids)
+        text = self._add(output)
+        if output.logprobs:
+            self.logprobs += output.logprobs[: len(self.token_ids) - num_before]
+        if text or self.finish_reason is not None or (output.logprobs and output.token_ids):
             return self._piece(text)
         return None
 
-    def _add(self, output: TokenOutput, number: int) -> str:
+    def _add(self, output: TokenOutput) -> str:
         """Returns the text that is certain now and was not before."""
-        if self.finish_reason is not None:
-            return ""
-        token_id = output.token_ids[number]
-        self.token_ids.append(token_id)
-        if output.logprobs:
-            self.logprobs.append(output.logprobs[number])
-        if output.stop_token_id is not None and number == len(output.token_ids) - 1 and not self.ask.include_stop:
-            return ""
-        text = self.detokenizer.add(token_id, may_end=len(self.token_ids) >= self.sampling.min_tokens)
-        if self.detokenizer.stopped_by is not None:
-            self.finish_reason = "stop"
-        return text
+        is_shown = output.stop_token_id is None or self.ask.include_stop
+        token_ids, detokenizer, min_tokens = self.token_ids, self.detokenizer, self.sampling.min_tokens
+        text = ""
+        for token_id in output.token_ids if is_shown else output.token_ids[:-1]:
+            token_ids.append(token_id)
+            text += detokenizer.add(token_id, may_end=len(token_ids) >= min_tokens)
+            if detokenizer.stopped_by is not None:
+                self.finish_reason = "stop"
+                return text
+        if not is_shown:
+            token_ids.append(output.token_ids[-1])
+        return text if output.finish_reason is None else text + self._end(output.finish_reason, output.stop_token_id)
 
     def _end(self, reason: FinishReason, stop_token_id: int | None) -> str:
         """Returns the tail of the text, in which a stop string may be completed, too."""

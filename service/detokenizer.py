@@ -5,30 +5,40 @@ Both parts hold text back only while they must, and their pieces put together ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import codecs
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 INCOMPLETE = "�"
 MAX_PENDING = 16
 LONGEST_CHARACTER = 4  # bytes in UTF-8, so at most as many tokens
 
+UTF8 = codecs.getincrementaldecoder("utf-8")
+
 Decode = Callable[[Sequence[int]], str]
 
 
-@dataclass(frozen=True, slots=True)
-class TokenTexts:
-    """Decodes, and remembers what each token alone is. One for all answers of a model."""
+class Decoder(Protocol):
+    def add(self, token_id: int) -> str:
+        """The text that is certain now and was not before."""
 
-    decode: Decode
-    alone: dict[int, str] = field(default_factory=dict)
+    def flush(self) -> str:
+        """The rest, at the end of the answer; an unfinished character comes out as U+FFFD."""
 
-    def __call__(self, ids: Sequence[int]) -> str:
-        if len(ids) != 1:
-            return self.decode(ids)
-        text = self.alone.get(ids[0])
-        if text is None:
-            text = self.alone[ids[0]] = self.decode(ids)
-        return text
+
+@dataclass(slots=True)
+class ByteDecoder:
+    """For tokenizers whose tokens are bytes, whatever stands around them. Waits only within a character."""
+
+    bytes_of: Mapping[int, bytes]
+    utf8: codecs.IncrementalDecoder = field(default_factory=lambda: UTF8("replace"))
+
+    def add(self, token_id: int) -> str:
+        return self.utf8.decode(self.bytes_of[token_id])
+
+    def flush(self) -> str:
+        return self.utf8.decode(b"", final=True)
 
 
 @dataclass(slots=True)
@@ -134,7 +144,7 @@ def overlap(text: str, stop: str) -> int:
 class Detokenizer:
     """One answer: tokens in, text out, until the end or a stop string."""
 
-    decoder: IncrementalDecoder
+    decoder: Decoder
     finder: StopFinder
 
     @property
@@ -142,7 +152,8 @@ class Detokenizer:
         return self.finder.found
 
     def add(self, token_id: int, *, may_end: bool = True) -> str:
-        return self.finder.add(self.decoder.add(token_id), may_end=may_end)
+        text = self.decoder.add(token_id)
+        return self.finder.add(text, may_end=may_end) if self.finder.stop else text
 
     def flush(self) -> str:
         """The tail. A stop string may be completed in it, too."""

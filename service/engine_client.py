@@ -25,7 +25,6 @@ from service.engine.messages import (
     Shutdown,
     StepOutput,
     StepStats,
-    TokenOutput,
     UnloadModel,
 )
 from service.engine_process import EngineProcess, describe_exit
@@ -76,7 +75,7 @@ class EngineClient:
     ) -> None:
         """`on_ready` is awaited after each start: a new process holds no weights. `on_stats` is called each step.
 
-        A process that says nothing for `silence_limit_s` while requests run hangs, and is killed.
+        A process that says nothing for `silence_limit_s` while requests run hangs: it is killed within twice that time.
         """
         self.config = config
         self.state: State = "stopped"
@@ -88,8 +87,8 @@ class EngineClient:
         self._on_ready = on_ready
         self._on_stats = on_stats
         self._silence_limit_s = silence_limit_s
-        self._last_event = 0.0
-        """On the loop's clock; also when requests came to an engine without any."""
+        self._is_silent = False
+        """Since `_watch` looked, or since requests came to an engine without any."""
         self._process: EngineProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._is_stopping = False
@@ -133,7 +132,7 @@ class EngineClient:
             raise ValueError(f"the request id {request_id!r} is in use")
         process.send(request)
         if not self._requests:
-            self._last_event = asyncio.get_running_loop().time()
+            self._is_silent = False
         self._requests[request_id] = receive
 
     def abort(self, request_id: str) -> None:
@@ -219,12 +218,13 @@ class EngineClient:
 
     async def _watch(self, process: EngineProcess) -> None:
         """Kill a process that hangs. While weights are loaded a request may wait for long without hanging."""
-        limit = self._silence_limit_s
-        while limit is not None:
-            await asyncio.sleep(limit / 4)
-            silence = asyncio.get_running_loop().time() - self._last_event
-            if self._requests and not self._loads and silence > limit:
-                logger.error("the engine has said nothing for %.0f s while requests run: it is killed", silence)
+        while self._silence_limit_s is not None:
+            self._is_silent = True
+            await asyncio.sleep(self._silence_limit_s)
+            if self._is_silent and self._requests and not self._loads:
+                logger.error(
+                    "the engine said nothing for %.0f s while requests ran: it is killed", self._silence_limit_s
+                )
                 process.kill()
                 return
 
@@ -261,12 +261,13 @@ class EngineClient:
     # ---- events
 
     def _take(self, event: Event) -> None:
-        self._last_event = asyncio.get_running_loop().time()
+        self._is_silent = False
         match event:
             case StepOutput():
                 self._take_step(event)
             case RequestFailed():
-                self._put(event.request_id, FAILURES[event.kind](event.message))
+                if (receive := self._requests.pop(event.request_id, None)) is not None:
+                    receive(FAILURES[event.kind](event.message))
             case EngineReady():
                 self._take_ready(event)
             case ModelLoaded():
@@ -288,16 +289,14 @@ class EngineClient:
 
     def _take_step(self, event: StepOutput) -> None:
         self.stats = event.stats
+        requests = self._requests
         for output in event.outputs:
-            self._put(output.request_id, output)
+            receive = requests.get(output.request_id)
+            if receive is not None:  # it was abandoned otherwise
+                if output.finish_reason is not None:
+                    del requests[output.request_id]
+                receive(output)
         self._on_stats(event.stats)
-
-    def _put(self, request_id: str, item: TokenOutput | EngineError) -> None:
-        """What comes of a request that was abandoned meanwhile is dropped."""
-        is_last = isinstance(item, EngineError) or item.finish_reason is not None
-        receive = self._requests.pop(request_id, None) if is_last else self._requests.get(request_id)
-        if receive is not None:
-            receive(item)
 
 
 def _fail(future: asyncio.Future[Any], error: EngineError) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import struct
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -25,6 +26,7 @@ LOG_GRACE_S = 0.5
 MAX_LINE = 2000
 LENGTH_BYTES = 4
 RECEIVE_BYTES = 1 << 18
+frame_length = struct.Struct("!I").unpack_from
 PACKAGE_ROOT = Path(__file__).resolve().parents[1]
 
 Take = Callable[[Event], None]
@@ -159,7 +161,7 @@ class _Connection(asyncio.BufferedProtocol):
         """Returns how many bytes they were."""
         start, available = 0, len(view)
         while (begin := start + LENGTH_BYTES) <= available:
-            end = begin + int.from_bytes(view[start:begin], "big")
+            end = begin + frame_length(view, start)[0]
             if end > available:
                 break
             self._take(decode_event(view[begin:end]))

@@ -28,7 +28,8 @@ class EngineRequests:
         self._engine = engine
         self._serving = serving
         self._model = model
-        self._mailbox: Mailbox[Answer, TokenOutput | Exception] = Mailbox()
+        self.mailbox: Mailbox[Answer, TokenOutput | Exception] = Mailbox()
+        """What comes for them."""
         self._attempts: Counter[Answer] = Counter()
         self._retries: set[asyncio.Task[None]] = set()
 
@@ -37,10 +38,6 @@ class EngineRequests:
         entry = await self._serving.acquire(self._model)
         for answer in answers:  # without an await: the weights may leave in one
             self._send(answer, entry)
-
-    async def take(self) -> list[tuple[Answer, TokenOutput | Exception]]:
-        """All that has come since the last time; waits for something."""
-        return await self._mailbox.take()
 
     def retry(self, answer: Answer, error: Exception) -> None:
         """Ask again after `error` where weights that left are no failure. Raises it otherwise."""
@@ -69,7 +66,7 @@ class EngineRequests:
         prompt_ids = answer.ask.prompt_ids
         request = AddRequest(request_id=request_id, model_id=entry.id, prompt_ids=prompt_ids, sampling=answer.sampling)
         answer.entry = entry
-        self._engine.submit(request, partial(self._mailbox.put, answer))
+        self._engine.submit(request, partial(self.mailbox.put, answer))
         self.open[answer] = request_id
 
     async def _submit_again(self, answer: Answer) -> None:
@@ -78,4 +75,4 @@ class EngineRequests:
             await self._serving.forget(answer.entry)
             await self.submit([answer])
         except Exception as error:  # noqa: BLE001 - told to who takes from the mailbox
-            self._mailbox.put(answer, error)
+            self.mailbox.put(answer, error)

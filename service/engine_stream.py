@@ -60,17 +60,20 @@ class Mailbox(Generic[KeyT, ItemT]):
 
     def __init__(self) -> None:
         self._items: list[tuple[KeyT, ItemT]] = []
+        self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, key: KeyT, item: ItemT) -> None:
         self._items.append((key, item))
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if (waiter := self._waiter) is not None:
+            self._waiter = None
+            if not waiter.done():  # its reader may have left
+                waiter.set_result(None)
 
     async def take(self) -> list[tuple[KeyT, ItemT]]:
         """Everything that is there, in order; waits until that is something."""
         if not self._items:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            self._waiter = waiter = self._loop.create_future()
+            await waiter
         items, self._items = self._items, []
         return items

@@ -9,16 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from itertools import groupby
 
 import msgspec
 
 from service.admission import Admission
 from service.answer import Answer, Ask, Piece
-from service.codec import Codec
-from service.detokenizer import Detokenizer, IncrementalDecoder, StopFinder, TokenTexts
+from service.decoders import Decoders
+from service.detokenizer import Detokenizer, StopFinder
 from service.engine.messages import EngineReady, TokenOutput
 from service.engine_client import EngineClient, EngineError, EngineUnavailable, RequestRejected
 from service.engine_requests import EngineRequests
@@ -33,10 +32,9 @@ __all__ = ["Answer", "Ask", "Generator", "Piece"]
 class Generator:
     engine: EngineClient
     serving: Serving
-    codec: Codec
+    decoders: Decoders
     metrics: Metrics
     admission: Admission
-    _decoders: dict[bool, TokenTexts] = field(default_factory=dict)
 
     def ready_engine(self) -> EngineReady:
         """Raises ApiError 503 while there is none."""
@@ -54,7 +52,10 @@ class Generator:
                 prompt_index=prompt_index,
                 ask=ask,
                 sampling=msgspec.structs.replace(ask.sampling, choice=choice),
-                detokenizer=self._detokenizer(ask),
+                detokenizer=Detokenizer(
+                    self.decoders.new(skip_special_tokens=ask.skip_special_tokens),
+                    StopFinder(ask.stop, include=ask.include_stop),
+                ),
                 engine=engine,
                 started=started,
             )
@@ -71,17 +72,11 @@ class Generator:
         with self.admission.enter(len(answers)), closing(requests), self._accounting(requests, answers):
             await requests.submit(answers)
             while requests.open:
-                pieces, error = self._take(requests, await requests.take())
+                pieces, error = self._take(requests, await requests.mailbox.take())
                 if pieces:
                     yield pieces
                 if error is not None:
                     raise error
-
-    def _detokenizer(self, ask: Ask) -> Detokenizer:
-        skip = ask.skip_special_tokens
-        if skip not in self._decoders:
-            self._decoders[skip] = TokenTexts(partial(self.codec.tokenizer.decode, skip_special_tokens=skip))
-        return Detokenizer(IncrementalDecoder(self._decoders[skip]), StopFinder(ask.stop, include=ask.include_stop))
 
     # ---- what comes from the engine
 
@@ -91,26 +86,39 @@ class Generator:
         """The pieces that `items` make, up to an error that ends the request."""
         now = time.monotonic()
         pieces: list[Piece] = []
-        for answer, item in items:
-            try:
+        num_tokens = 0
+        try:
+            for answer, item in items:
                 if not isinstance(item, TokenOutput):
                     self._fail(requests, answer, item)
-                elif (piece := self._advance(requests, answer, item, now)) is not None:
-                    pieces.append(piece)
-            except Exception as error:  # noqa: BLE001 - raised when the pieces before it have been told
-                return pieces, error
+                elif answer.finish_reason is not None:
+                    self._hear_last(requests, answer, item)
+                else:
+                    num_before = len(answer.token_ids)
+                    if (piece := answer.take(item)) is not None:
+                        pieces.append(piece)
+                    if (num_new := len(answer.token_ids) - num_before) > 0:
+                        num_tokens += num_new
+                        self._clock(answer, now)
+                    if answer.finish_reason is not None:
+                        self._end(requests, answer, item)
+        except Exception as error:  # noqa: BLE001 - raised when the pieces before it have been told
+            return pieces, error
+        finally:
+            self.metrics.generation_tokens.inc(num_tokens)
         return pieces, None
 
-    def _advance(self, requests: EngineRequests, answer: Answer, output: TokenOutput, now: float) -> Piece | None:
-        is_over, before = answer.finish_reason is not None, len(answer.token_ids)
-        piece = None if is_over else answer.take(output)
-        self._clock(answer, len(answer.token_ids) - before, now)
+    def _end(self, requests: EngineRequests, answer: Answer, output: TokenOutput) -> None:
+        """The answer is complete with `output`. That a stop string ended it the engine does not know."""
+        if output.finish_reason is None:
+            requests.abort(answer)
+        else:
+            self._hear_last(requests, answer, output)
+
+    def _hear_last(self, requests: EngineRequests, answer: Answer, output: TokenOutput) -> None:
         if output.finish_reason is not None:
             answer.timing = output.timing
             self._finish(requests, answer)
-        elif answer.finish_reason is not None and not is_over:
-            requests.abort(answer)  # a stop string: the engine does not know it
-        return piece
 
     def _fail(self, requests: EngineRequests, answer: Answer, error: Exception) -> None:
         """Raises `error` unless the answer was complete before, or is asked for again."""
@@ -121,17 +129,15 @@ class Generator:
 
     # ---- metrics
 
-    def _clock(self, answer: Answer, num_tokens: int, now: float) -> None:
-        if num_tokens == 0:
-            return
-        if answer.last_token is None:
+    def _clock(self, answer: Answer, now: float) -> None:
+        """Tokens have come."""
+        if answer.last_token is not None:
+            self.metrics.next_token(now - answer.last_token)
+        else:
             answer.first_token = now
             num_prompt = len(answer.ask.prompt_ids)
             self.metrics.first_token(num_prompt, now - answer.started, cached_tokens=answer.num_cached_tokens)
-        else:
-            self.metrics.next_token(now - answer.last_token)
         answer.last_token = now
-        self.metrics.generation_tokens.inc(num_tokens)
 
     def _finish(self, requests: EngineRequests, answer: Answer) -> None:
         del requests.open[answer]

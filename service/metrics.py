@@ -41,6 +41,18 @@ SMALL_NUMBERS = (1, 2, 5, 10, 20)
 PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
 ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 
+IDLE = StepStats(
+    num_running=0,
+    num_waiting=0,
+    used_blocks=0,
+    prefill_tokens=0,
+    prefill_s=0.0,
+    decode_tokens=0,
+    decode_s=0.0,
+    decode_bytes=0,
+    device_memory_bytes=0,
+)
+
 
 @dataclass(slots=True)
 class Rates:
@@ -52,16 +64,17 @@ class Rates:
 
     def add(self, amount: float, seconds: float) -> None:
         if seconds > 0:
-            self.samples.append((self.clock(), amount, seconds))
-            self._forget()
+            now = self.clock()
+            self.samples.append((now, amount, seconds))
+            self._forget(now)
 
     def rate(self) -> float:
-        self._forget()
+        self._forget(self.clock())
         seconds = sum(sample[2] for sample in self.samples)
         return sum(sample[1] for sample in self.samples) / seconds if seconds else 0.0
 
-    def _forget(self) -> None:
-        while self.samples and self.samples[0][0] < self.clock() - WINDOW_S:
+    def _forget(self, now: float) -> None:
+        while self.samples and self.samples[0][0] < now - WINDOW_S:
             self.samples.popleft()
 
 
@@ -73,18 +86,25 @@ class Metrics:
         self._labels = {"model_name": model_name, "engine": "0"}
         self._peak_bandwidth = 0.0
         self._num_blocks = 0
+        self._stats = IDLE
+        """Of the last step: read when somebody asks, since steps come more often."""
         self._decode, self._prefill, self._bytes = Rates(), Rates(), Rates()
         self._define_engine()
         self._define_requests()
         self._define_ours()
 
     def _define_engine(self) -> None:
-        self.running = self._vllm(Gauge, "num_requests_running", "Requests that the engine computes.")
-        self.waiting = self._vllm(Gauge, "num_requests_waiting", "Requests that wait to be computed.")
-        self.waiting_by_reason = self._vllm_by(
+        running = self._vllm(Gauge, "num_requests_running", "Requests that the engine computes.")
+        running.set_function(lambda: self._stats.num_running)
+        waiting = self._vllm(Gauge, "num_requests_waiting", "Requests that wait to be computed.")
+        waiting.set_function(lambda: self._stats.num_waiting)
+        by_reason = self._vllm_by(
             Gauge, "num_requests_waiting_by_reason", "The same, by what they wait for.", "reason", get_args(WaitReason)
         )
-        self.cache_usage = self._vllm(Gauge, "kv_cache_usage_perc", "Used share of the KV cache; 1 is all of it.")
+        by_reason["capacity"].set_function(lambda: self._stats.num_waiting - self._stats.num_deferred)
+        by_reason["deferred"].set_function(lambda: self._stats.num_deferred)
+        cache_usage = self._vllm(Gauge, "kv_cache_usage_perc", "Used share of the KV cache; 1 is all of it.")
+        cache_usage.set_function(lambda: self._stats.used_blocks / self._num_blocks if self._num_blocks else 0)
         self.cache_config = Gauge(
             "vllm:cache_config_info",
             "Size and form of the KV cache.",
@@ -141,7 +161,8 @@ class Metrics:
         self._rate("prefill_tokens_per_second", "Prompt tokens per second of prefilling.", self._prefill.rate)
         self._rate("bandwidth_bytes_per_second", "Bytes read per second of decoding.", self._bytes.rate)
         self._rate("bandwidth_utilization_ratio", "Share of the device's peak bandwidth.", self._utilization)
-        self.memory = self._ours(Gauge, "device_memory_bytes", "Device memory that the engine holds.")
+        memory = self._ours(Gauge, "device_memory_bytes", "Device memory that the engine holds.")
+        memory.set_function(lambda: self._stats.device_memory_bytes)
         self.weights = self._ours(Gauge, "weights_info", "The served weights.", ["model", "weights_hash"])
         self.swaps = self._ours(Counter, "weights_swaps", "Changes of the served weights.", ["result"])
         self.swap_seconds = Histogram(
@@ -177,23 +198,18 @@ class Metrics:
 
     def engine_gone(self) -> None:
         """Nothing runs where there is no engine."""
-        for gauge in (
-            *(self.running, self.waiting, self.cache_usage, self.memory),
-            *self.waiting_by_reason.values(),
-        ):
-            gauge.set(0)
+        self._stats = IDLE
 
     def step(self, stats: StepStats) -> None:
-        self.running.set(stats.num_running)
-        self.waiting.set(stats.num_waiting)
-        self.waiting_by_reason["capacity"].set(stats.num_waiting - stats.num_deferred)
-        self.waiting_by_reason["deferred"].set(stats.num_deferred)
-        self.cache_usage.set(stats.used_blocks / self._num_blocks if self._num_blocks else 0)
-        self.memory.set(stats.device_memory_bytes)
-        self.prefix_queries.inc(stats.num_prefix_queries)
-        self.prefix_hits.inc(stats.num_prefix_hits)
-        self.preemptions.inc(stats.num_preempted)
-        self.read_bytes.inc(stats.decode_bytes)
+        self._stats = stats
+        for counter, number in (
+            (self.prefix_queries, stats.num_prefix_queries),
+            (self.prefix_hits, stats.num_prefix_hits),
+            (self.preemptions, stats.num_preempted),
+            (self.read_bytes, stats.decode_bytes),
+        ):
+            if number:  # a counter takes longer to add to than all the rest here
+                counter.inc(number)
         self._decode.add(stats.decode_tokens, stats.decode_s)
         self._prefill.add(stats.prefill_tokens, stats.prefill_s)
         self._bytes.add(stats.decode_bytes, stats.decode_s)

@@ -11,11 +11,13 @@ import logging
 import resource
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from types import FrameType
+from typing import Any, TypeVar
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from lm.errors import UserError
 from service.app import create_app
@@ -23,6 +25,8 @@ from service.services import Services, running_services
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
 
 LAST_BYTES_S = 3
 """How long connections may take to close once nothing is generated any more."""
@@ -36,7 +40,25 @@ def serve(settings: Settings) -> int:
     """
     _allow_many_connections()
     with _listen(settings) as listener:
-        return asyncio.run(_serve(settings, listener))
+        return run_until_done(_serve(settings, listener))
+
+
+def run_until_done(work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """On the event loop that the service runs on."""
+    return asyncio.run(work)
+
+
+def uvicorn_config(app: ASGIApp) -> uvicorn.Config:
+    """As the service runs under uvicorn."""
+    return uvicorn.Config(
+        app,
+        lifespan="on",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=LAST_BYTES_S,
+    )
 
 
 def _allow_many_connections() -> None:
@@ -81,16 +103,7 @@ class _Server(uvicorn.Server):
         async def running(settings: Settings) -> AsyncIterator[Services]:
             yield services
 
-        config = uvicorn.Config(
-            create_app(settings, compose=running),
-            lifespan="on",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=LAST_BYTES_S,
-        )
-        super().__init__(config)
+        super().__init__(uvicorn_config(create_app(settings, compose=running)))
         self.failed = False
         """Whether it never came to serve anything."""
         self._services = services

@@ -13,10 +13,12 @@ from fastapi import Depends, Request
 from service.admission import Admission
 from service.codec import Codec, load_codec
 from service.database import Database
+from service.decoders import Decoders
 from service.engine.messages import EngineConfig, EngineReady
 from service.engine_client import EngineClient
 from service.files import FileStore
 from service.generation import Generator
+from service.grammar_checker import GrammarChecker
 from service.jobs.promotion import Promoter
 from service.jobs.store import JobStore
 from service.jobs.supervisor import Supervisor
@@ -33,6 +35,7 @@ class Services:
     engine: EngineClient
     serving: Serving
     generator: Generator
+    grammar_checker: GrammarChecker
     admission: Admission
     registry: Registry
     store: JobStore
@@ -84,6 +87,7 @@ async def running_services(
         finally:
             await services.jobs.stop(spare_adopted=services.failure is not None)
             await services.engine.stop()
+            await services.grammar_checker.close()
             services.startup.cancel()
             await asyncio.gather(services.startup, return_exceptions=True)
 
@@ -110,7 +114,14 @@ def _start(settings: Settings, codec: Codec, database: Database, engine_type: ty
         codec=codec,
         engine=engine,
         serving=serving,
-        generator=Generator(engine=engine, serving=serving, codec=codec, metrics=metrics, admission=admission),
+        generator=Generator(
+            engine=engine,
+            serving=serving,
+            decoders=Decoders(codec.tokenizer, codec.token_bytes),
+            metrics=metrics,
+            admission=admission,
+        ),
+        grammar_checker=GrammarChecker(settings.model_dir, codec.vocab_size),
         admission=admission,
         registry=registry,
         store=store,

@@ -95,10 +95,13 @@ class ScriptedEngine(EngineClient):
 
     async def _play(self, request: AddRequest, receive: Receive) -> None:
         tokens = self.answer if request.sampling.ignore_eos else (*self.answer, self.eos)
+        tokens = _until_stopped(tokens, request.sampling.stop_token_ids)
         if self.weights_leave:
             self.weights_leave -= 1
             receive(ModelUnavailable("not loaded"))
             tokens = ()
+        elif request.sampling.max_tokens == 0:
+            receive(_only_the_prompt(request))
         for number, token_id in enumerate(tokens[: request.sampling.max_tokens]):
             await asyncio.sleep(0)
             if number == self.stays_after:
