@@ -20,6 +20,8 @@ from service.tools.formats import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolFor
 from service.tools.grammar import MAX_CALLS, calls_grammar, calls_or_answer
 from service.tools.parser import ArgumentsDelta, CallStart, ToolParser
 from tests.support.chat_templates import add_special_tokens, write_chat_model
+from tests.support.json_schemas import FORMATS as CHECKED
+from tests.support.json_schemas import random_schema
 
 FORMATS = (HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS)
 WEATHER: dict[str, Any] = {
@@ -91,9 +93,9 @@ class Constrained:
         return [int(bit) for bit in np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))]
 
 
-def calls_in(format: ToolFormat, text: str) -> list[tuple[str, str]]:
+def calls_in(format: ToolFormat, text: str, *names: str) -> list[tuple[str, str]]:
     """All calls of `text`, which has nothing else."""
-    parser = ToolParser(format.name, [function.name for function in FUNCTIONS])
+    parser = ToolParser(format.name, names or [function.name for function in FUNCTIONS])
     calls: list[tuple[str, str]] = []
     for delta in [*parser.add(text), *parser.flush()]:
         if isinstance(delta, CallStart):
@@ -131,6 +133,16 @@ def test_one_call_is_exactly_one(tmp_path: Path, format: ToolFormat) -> None:
     for seed in range(10):
         ((name, _),) = calls_in(format, model.answer(FUNCTIONS[:1], 1, seed))
         assert name == "get_weather"
+
+
+def test_arguments_follow_random_schemas(tmp_path: Path) -> None:
+    model, rng = Constrained(tmp_path, HERMES), random.Random(5)
+    for seed in range(30):
+        function = Function(name="f", parameters=random_schema(rng, depth=2))
+        ((_, arguments),) = calls_in(HERMES, model.answer((function,), 1, seed), "f")
+        jsonschema.validate(
+            json.loads(arguments), function.parameters, format_checker=jsonschema.FormatChecker(CHECKED)
+        )
 
 
 def test_special_tokens_mark_the_calls_where_the_model_has_them(tmp_path: Path) -> None:
