@@ -11,7 +11,9 @@ MAX_DEPTH = 64
 """Of objects and lists within each other. llguidance ends at 128."""
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As JSON is mostly written where models learn it. Free white space would let a model write it for ever."""
-COMBINED = ("$ref", "allOf", "anyOf", "oneOf", "if", "unevaluatedProperties", "patternProperties", "minProperties")
+OTHERS = ("$ref", "anyOf", "oneOf", "if", "dependentSchemas")
+OF_OBJECTS = ("properties", "required", "additionalProperties")
+MORE = ("unevaluatedProperties", "patternProperties", "minProperties")
 SCHEMA_MAPS = ("properties", "$defs", "definitions")
 SCHEMA_LISTS = ("anyOf", "oneOf", "prefixItems")
 SCHEMAS = ("items", "additionalProperties")
@@ -20,7 +22,7 @@ SCHEMAS = ("items", "additionalProperties")
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
     """`schema` with no more properties than each object lists, unless it says so. What follows it follows `schema`;
     a model that may always add one more property may never end."""
-    return dict(schema) if _uses(schema, "allOf") else _closed(schema)
+    return dict(schema) if _combines(schema) else _closed(schema)
 
 
 def check_schema(schema: Mapping[str, Any], param: str) -> None:
@@ -64,10 +66,14 @@ def _lists_all(schema: Mapping[str, Any]) -> bool:
     properties, required = schema.get("properties"), schema.get("required", [])
     if not isinstance(properties, Mapping) or not isinstance(required, list):
         return False
-    return not any(key in schema for key in COMBINED) and all(isinstance(n, str) and n in properties for n in required)
+    return not any(key in schema for key in MORE) and all(isinstance(n, str) and n in properties for n in required)
 
 
-def _uses(value: Any, keyword: str) -> bool:
-    if isinstance(value, Mapping):
-        return keyword in value or any(_uses(item, keyword) for item in value.values())
-    return isinstance(value, list) and any(_uses(item, keyword) for item in value)
+def _combines(value: Any) -> bool:
+    """Whether an object in it has to follow several schemas, none of which lists all of its properties."""
+    if isinstance(value, list):
+        return any(map(_combines, value))
+    if not isinstance(value, Mapping):
+        return False
+    is_beside = any(key in value for key in OTHERS) and any(key in value for key in OF_OBJECTS)
+    return "allOf" in value or is_beside or any(map(_combines, value.values()))

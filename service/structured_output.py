@@ -141,12 +141,12 @@ async def check_constraint(constraint: Constraint, checker: GrammarChecker) -> N
 def _explain(mistake: str, constraint: Constraint) -> str:
     """llguidance's words, or better ones where they name a keyword of JSON schemas."""
     mend = "remove it, or leave out strict to have it ignored" if constraint.has_lenient_form else "remove it"
-    if found := UNENFORCEABLE.match(mistake):
+    if found := UNENFORCEABLE.search(mistake):
         keywords = ", ".join(json.loads(found[1]))
         return f"{keywords} cannot be enforced while an answer is made: {mend}"
-    if found := UNKNOWN_FORMAT.match(mistake):
+    if found := UNKNOWN_FORMAT.search(mistake):
         return f"the format {found[1]} cannot be enforced: {mend}"
-    if mistake.startswith("oneOf constraints are not supported"):
+    if "oneOf constraints are not supported" in mistake:
         return f"oneOf cannot be enforced where its options may overlap: use anyOf; or {mend}"
     return mistake
 

@@ -50,7 +50,7 @@ def calls_grammar(
     for index, function in enumerate(functions):
         before = literal(format.before_name.removeprefix(opening) + function.name + format.before_arguments)
         rules.append(f"call_{index}: {before} arguments_{index} {literal(format.after_arguments)}")
-        rules.append(f"arguments_{index}: %json {json.dumps(_arguments(function.parameters))}")
+        rules.append(f"arguments_{index}: %json {json.dumps(_arguments(function))}")
     return "\n".join(rules)
 
 
@@ -62,9 +62,12 @@ def calls_or_answer(calls: str, answer: str) -> str:
     return json.dumps({"grammars": [{"lark_grammar": either}, {**other, "name": "answer"}]}, ensure_ascii=False)
 
 
-def _arguments(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Their schema: the parameters that are listed and no others, unless they say so."""
-    return {**closed({"type": "object", **(parameters or NO_PARAMETERS)}), "x-guidance": JSON_STYLE}
+def _arguments(function: Function) -> dict[str, Any]:
+    """Their schema: the parameters that are listed and no others, unless they say so. Of a function that is not strict,
+    what cannot be enforced is ignored.
+    """
+    schema = closed({"type": "object", **(function.parameters or NO_PARAMETERS)})
+    return {**schema, "x-guidance": JSON_STYLE | {"lenient": not function.strict}}
 
 
 def _literal(text: str, special_tokens: Mapping[str, int]) -> str:

@@ -137,6 +137,9 @@ def test_no_property_is_added_to_those_that_a_schema_lists(answers: Answers) -> 
         {"type": "object", "properties": {"a": {"const": 1}}, "additionalProperties": {"const": 2}},
         {"allOf": [{"properties": {"a": {"const": 1}}}, {"properties": {"b": {"const": 2}}, "required": ["a", "b"]}]},
         {"type": "object", "properties": {"a": {"const": 1}}, "anyOf": [{"required": ["c"]}, {"required": ["d"]}]},
+        {"properties": {"a": {"const": 1}}, "required": ["a"], "anyOf": [{"properties": {"b": {}}, "required": ["b"]}]},
+        {"$defs": {"b": {"properties": {"b": {}}}}, "$ref": "#/$defs/b", "properties": {"a": {}}, "required": ["a"]},
+        {"type": "object", "properties": {"properties": {"const": 1}}, "required": ["properties"]},
     ],
 )
 def test_a_schema_that_asks_for_others_stays_open(answers: Answers, schema: Any) -> None:
