@@ -22,9 +22,11 @@ from lm.token_bytes import token_bytes
 from lm.tokenizer import Tokenizer, load_tokenizer
 from service.engine.sequence import Matcher
 
-LIMITS = LLParserLimits(initial_lexer_fuel=200_000, max_lexer_states=50_000, verbose_errors=False)
-"""A fifth of llguidance's own: one mask of the worst regular expression then takes 0.1 s and not 1 s, and everything
-learned of one grammar up to 0.1 GB. JSON schemas of 64 KB need less than half of it."""
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=200_000, max_lexer_states=50_000, step_max_items=10_000, verbose_errors=False
+)
+"""A fifth of llguidance's own: a mask of the worst grammars then takes 0.1 s and not 1 s, for all of its batch, and what
+is learned of one grammar up to 0.1 GB. JSON schemas of 64 KB fit."""
 MAX_COMPILED = 32
 """Grammars that are kept for the next request."""
 MAX_REASON = 300  # characters

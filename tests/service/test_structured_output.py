@@ -357,6 +357,7 @@ def test_what_llguidance_refuses_is_told_in_one_line(refusals: list[str | None],
         json_schema({"type": "string", "minLength": 2**31, "maxLength": 2**32}, param=PARAM),
         json_schema({"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(2000)}}, param=PARAM),
         lark_or_gbnf("start: A\nA: " + " & ".join(f"/(.*{c}){{30}}/" for c in "abcdefgh"), param=PARAM),
+        lark_or_gbnf('start: s\ns: s s | s s s | /./ | ""', param=PARAM),
         lark_or_gbnf("start: a{100000}\na: /b{100000}/ | a a", param=PARAM),
     ],
 )  # fmt: skip
