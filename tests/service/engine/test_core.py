@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -181,6 +182,29 @@ def test_an_error_in_a_step_fails_its_requests_and_no_others(start: Start) -> No
     assert driver.failed["unlucky"].kind == "internal"
     assert "RuntimeError" in driver.failed["unlucky"].message
     assert driver.tokens("later") == expected
+
+
+def test_a_failed_step_leaves_no_blocks_and_nothing_that_others_would_read(start: Start) -> None:
+    driver = start(max_num_batched_tokens=32)
+    prompt = list(range(3, 103))
+    expected = start().generate(prompt)
+    driver.add("unlucky", prompt)
+    driver.step(2)  # two of its blocks are there
+    with patch.object(driver.engine._parts.runner, "run", side_effect=ValueError("no")):
+        driver.step()
+    assert driver.failed["unlucky"].message == "the engine failed in this step: ValueError: no"
+    assert driver.stats[-1].used_blocks == 0
+    assert driver.generate(prompt) == expected
+    (first, *_) = driver.outputs[next(reversed(driver.outputs))]
+    assert first.num_cached_tokens == 64
+
+
+def test_a_lost_device_is_no_failure_of_one_step(start: Start) -> None:
+    driver = start()
+    driver.add("a", [3, 4, 5])
+    lost = torch.AcceleratorError("the device is lost")
+    with patch.object(driver.engine._parts.runner, "run", side_effect=lost), pytest.raises(torch.AcceleratorError):
+        driver.step()
 
 
 def test_a_request_without_a_seed_draws_one_from_the_engines(start: Start) -> None:
