@@ -12,11 +12,14 @@ from lm.messages import Message
 from lm.template import RenderOptions
 from lm.tokenizer import Tokenizer
 from service.codec import Codec
-from service.engine.messages import EngineReady, SamplingParams
+from service.engine.messages import SamplingParams
 from service.errors import ApiError
 from service.generation import Ask
+from service.grammar_checker import GrammarChecker
 from service.schemas.fields import MAX_ANSWERS
 from service.schemas.requests import BaseSampling
+from service.services import Services
+from service.structured_output import Constraint, check_constraint, constraint_of
 from service.tools.plan import ToolPlan
 
 GREEDY_BELOW = 1e-5  # a smaller temperature overflows what it divides
@@ -35,8 +38,7 @@ Prompt = str | tuple[int, ...] | Chat
 
 
 async def ask(
-    codec: Codec,
-    engine: EngineReady,
+    services: Services,
     prompts: Sequence[Prompt],
     options: BaseSampling,
     *,
@@ -44,24 +46,24 @@ async def ask(
     default_max_tokens: int | None = None,
     param: str,
     plan: ToolPlan | None = None,
+    constraint: Constraint | None = None,
     add_special_tokens: bool = True,
 ) -> list[Ask]:
     """One for each prompt. Without a default, `max_tokens` None is the rest of the context.
 
-    `param` is the field that the prompts stand in; `plan` is what the tools of a conversation mean. Raises UserError and ApiError: 400 for what cannot be served.
+    `param` is the field that the prompts stand in; `plan` is what the tools of a conversation mean, `constraint` what
+    the answer must look like beside what `options` say of it. Raises UserError and ApiError: 400 for what cannot be
+    served, 503 while there is no engine.
     """
+    engine, codec = services.generator.ready_engine(), services.codec
     if len(prompts) * options.num_made > MAX_ANSWERS:
         message = (
             f"{param}: {len(prompts)} x {options.num_made} answers are more than {MAX_ANSWERS}: send fewer at once"
         )
         raise UserError(message, param=param)
-    for name in ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"):
-        if getattr(options, name, None):
-            raise UserError(f"{name}: not supported yet", param=name)
-    form = getattr(options, "response_format", None)
-    if form is not None and form.type != "text":
-        raise UserError("response_format: other types than text are not supported yet", param="response_format")
-    shared = _sampling(codec, options, None if plan is None else plan.grammar)
+    wanted = [found for found in (constraint, constraint_of(options)) if found is not None]
+    grammar = await _grammar(services.grammar_checker, wanted, plan)
+    shared = _sampling(codec, options, grammar)
     shows_special = options.skip_special_tokens is False or (plan is not None and not plan.skip_special_tokens)
     asks = []
     for prompt in prompts:
@@ -83,6 +85,26 @@ async def ask(
             )
         )
     return asks
+
+
+async def _grammar(checker: GrammarChecker, wanted: Sequence[Constraint], plan: ToolPlan | None) -> str | None:
+    """One grammar for all that is asked of an answer; where tools may be called, a call is the other way to answer."""
+    if len(wanted) > 1:
+        first, second = wanted
+        reason = f"{first.param} says already what the answer is: send one of them"
+        raise UserError(f"{second.param}: {reason}", param=second.param)
+    constraint = wanted[0] if wanted else None
+    if constraint is not None:
+        await check_constraint(constraint, checker)
+    if plan is None or not plan.may_call:
+        return None if constraint is None else constraint.grammar
+    if constraint is None or plan.must_call:
+        grammar, param = plan.grammar, "tools"
+    else:
+        grammar, param = plan.grammar_beside(constraint.grammar), constraint.param
+    if grammar is not None:
+        await check_constraint(Constraint(grammar=grammar, param=param), checker)
+    return grammar
 
 
 async def _encode(codec: Codec, prompt: Prompt, param: str, *, add_special_tokens: bool) -> list[int]:

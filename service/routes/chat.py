@@ -25,8 +25,7 @@ async def create_chat_completion(
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     chat, plan = plan_chat(services.codec, body)
     asks = await ask(
-        services.codec,
-        services.generator.ready_engine(),
+        services,
         [chat],
         body,
         max_tokens=max_tokens,

@@ -31,8 +31,7 @@ async def create_completion(body: CompletionRequest, request: Request, services:
     if body.max_tokens == 0 and not body.echo:
         raise UserError("max_tokens: 0 makes no answer; it is allowed with echo: true only", param="max_tokens")
     asks = await ask(
-        services.codec,
-        services.generator.ready_engine(),
+        services,
         body.prompt,
         body,
         max_tokens=body.max_tokens,

@@ -34,8 +34,7 @@ async def generate(body: GenerateRequest, request: Request, services: ServicesDe
     """Answer `messages`, or continue `prompt` as it stands; with the speed, the bandwidth and the memory it took."""
     prompts, param, plan = _prompts(services, body)
     asks = await ask(
-        services.codec,
-        services.generator.ready_engine(),
+        services,
         prompts,
         body,
         max_tokens=body.max_tokens,

@@ -17,7 +17,7 @@ from service.codec import Codec
 from service.errors import ApiError, as_api_error
 from service.generation import Piece
 from service.responses.answer import begun_answer, response_usage
-from service.responses.conversation import conversation_of, renamed
+from service.responses.conversation import conversation_of, renamed, text_constraint
 from service.responses.events import Event, ResponseEvents
 from service.routes.conversations import plan_chat
 from service.routes.logprobs import chat_logprobs
@@ -144,9 +144,16 @@ def _encode(events: list[Event]) -> bytes:
 
 
 async def _begin(body: ResponseRequest, request: Request, services: Services) -> _Telling:
-    engine = services.generator.ready_engine()
     chat, plan = plan_chat(services.codec, conversation_of(body))
-    asks = await ask(services.codec, engine, [chat], body, max_tokens=body.max_output_tokens, param="input", plan=plan)
+    asks = await ask(
+        services,
+        [chat],
+        body,
+        max_tokens=body.max_output_tokens,
+        param="input",
+        plan=plan,
+        constraint=text_constraint(body),
+    )
     answers = services.generator.answers_for(asks)
     reply = new_reply(services, request, answers, model=body.model, prefix="resp")
     id = f"resp_{request.state.request_id}"

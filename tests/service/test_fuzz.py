@@ -39,14 +39,6 @@ CONTENT_TYPES = [
     "multipart/form-data",
     "a/b; c=\xff",
 ]
-HI = [{"role": "user", "content": "hi"}]
-GOOD: dict[str, dict[str, Any]] = {
-    "/generate": {"messages": HI},
-    "/v1/completions": {"prompt": "hi"},
-    "/v1/chat/completions": {"messages": HI},
-    "/v1/responses": {"input": "hi"},
-}
-
 fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
 names = any_text.map(lambda text: quote(text, safe=":", errors="replace")).filter(lambda text: text.strip("."))
 
