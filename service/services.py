@@ -105,7 +105,12 @@ def _start(settings: Settings, codec: Codec, database: Database, engine_type: ty
         metrics.engine_ready(ready)
         await serving.on_engine_ready(ready)
 
-    engine = engine_type(_engine_config(settings), on_ready=on_ready, on_stats=metrics.step)
+    engine = engine_type(
+        _engine_config(settings),
+        on_ready=on_ready,
+        on_stats=metrics.step,
+        silence_limit_s=settings.engine_silence_seconds,
+    )
     serving = Serving(engine, registry, settings, metrics)
     admission = Admission(settings.max_num_seqs + settings.max_queued_requests)
     store = JobStore(database)

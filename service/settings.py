@@ -97,6 +97,9 @@ class Settings(Strict):
     """How often a job begins again because the service was stopped while it ran."""
     cancel_grace_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long a trainer may take to end by itself, after a cancel or a stop of the service, before it is killed."""
+    engine_silence_seconds: Annotated[float, Field(gt=0, le=86_400)] | None = 300.0
+    """An engine that says nothing for so long while requests run hangs: it is killed, at the latest after twice that time,
+    and started again. null lets it hang."""
     drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long running requests may go on after the service was asked to stop."""
 

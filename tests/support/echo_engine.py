@@ -1,22 +1,30 @@
 """A real engine process without a model: `python -m tests.support.echo_engine FD` speaks the engine's protocol.
 
 Each step gives every running request the next token of its own prompt, again and again up to max_tokens, and is sent
-as fast as the other side reads. Nothing but the standard library and msgspec is loaded, so it starts at once.
+as fast as the other side reads. Nothing but the standard library and msgspec is loaded, so it starts at once. SIGUSR1
+lets it close its socket and stay, as a process whose driver hangs at the end.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
+import time
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
+from types import FrameType
+
+import msgspec
 
 from service.engine.channel import Channel
 from service.engine.messages import (
     AbortRequest,
     AddRequest,
     Command,
+    EngineConfig,
     EngineReady,
     Event,
     FinishReason,
@@ -35,8 +43,9 @@ CORE = "ECHO_ENGINE_CORE"
 """Environment variable: the core that it runs on."""
 LOCKSTEP = "ECHO_ENGINE_LOCKSTEP"
 """Environment variable: if set, a step is made when the one before has been read, as a slow model would."""
+STEP_S = "ECHO_ENGINE_STEP_S"
+"""Environment variable: what each step takes."""
 CONTEXT = 1 << 20
-MAX_NUM_SEQS = 1024
 READY = EngineReady(
     device="cpu",
     device_name="none",
@@ -45,7 +54,7 @@ READY = EngineReady(
     dtype_reason="it computes nothing",
     ops={},
     max_model_len=CONTEXT,
-    max_num_seqs=MAX_NUM_SEQS,
+    max_num_seqs=1,
     block_size=16,
     num_blocks=1 << 20,
     peak_bandwidth=1e9,
@@ -81,8 +90,10 @@ class Running:
 
 
 class EchoEngine:
-    def __init__(self) -> None:
+    def __init__(self, max_num_seqs: int) -> None:
         self.running: dict[str, Running] = {}
+        """Those that wait stand behind the others."""
+        self._max_num_seqs = max_num_seqs
 
     def handle(self, command: Command) -> list[Event]:
         match command:
@@ -98,7 +109,7 @@ class EchoEngine:
         return []
 
     def step(self) -> StepOutput:
-        outputs = [running.next_output() for running in self.running.values()]
+        outputs = [running.next_output() for running in islice(self.running.values(), self._max_num_seqs)]
         for output in outputs:
             if output.finish_reason is not None:
                 del self.running[output.request_id]
@@ -110,12 +121,12 @@ class EchoEngine:
         return self._step(outputs)
 
     def _step(self, outputs: list[TokenOutput]) -> StepOutput:
-        num_running = len(self.running)
+        num_running = min(len(self.running), self._max_num_seqs)
         return StepOutput(
             outputs=outputs,
             stats=StepStats(
                 num_running=num_running,
-                num_waiting=0,
+                num_waiting=len(self.running) - num_running,
                 used_blocks=num_running,
                 prefill_tokens=0,
                 prefill_s=0.0,
@@ -139,13 +150,22 @@ def main() -> None:
     if LOCKSTEP in os.environ:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel makes it the least it has
     with closing(Channel(sock)) as channel:
-        config = channel.receive(wait=True)
-        assert config
-        channel.send([READY])
-        _serve(EchoEngine(), channel)
+
+        def linger(number: int, frame: FrameType | None) -> None:
+            sock.shutdown(socket.SHUT_RDWR)
+            time.sleep(3600)
+
+        signal.signal(signal.SIGUSR1, linger)
+        commands = channel.receive(wait=True)
+        assert commands
+        config = commands[0]
+        assert isinstance(config, EngineConfig)
+        channel.send([msgspec.structs.replace(READY, max_num_seqs=config.max_num_seqs)])
+        _serve(EchoEngine(config.max_num_seqs), channel)
 
 
 def _serve(engine: EchoEngine, channel: Channel) -> None:
+    step_s = float(os.environ.get(STEP_S, "0"))
     is_open = True
     while is_open and (commands := channel.receive(wait=not engine.running)) is not None:
         for command in commands:
@@ -155,6 +175,7 @@ def _serve(engine: EchoEngine, channel: Channel) -> None:
             if events := engine.handle(command):
                 channel.send(events)
         if engine.running:
+            time.sleep(step_s)
             is_open = channel.send([engine.step()])
 
 
