@@ -251,6 +251,16 @@ def test_any_store_is_taken_and_answered_with_the_truth(api: Api, store: bool | 
         ({"reasoning": {"effort": "high"}}, "reasoning.effort", "none"),
         ({"text": {"verbosity": "low"}}, "text.verbosity", "medium"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format", "needs a schema"),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "odd"}}}},
+            "text.format.schema",
+            "odd",
+        ),
+        (
+            {"text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}},
+            "structured_outputs.regex",
+            "text.format says already",
+        ),
         ({"tools": [{"type": "web_search"}]}, "tools.0", "none are built in"),
         ({"tools": [WEATHER, WEATHER]}, "tools.1.name", "there twice"),
         ({"tool_choice": "required"}, "tool_choice", "no tools"),
@@ -258,7 +268,7 @@ def test_any_store_is_taken_and_answered_with_the_truth(api: Api, store: bool | 
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools.0.name", "pattern"),
         ({"tool_choice": "sometimes"}, "tool_choice", "none, auto, required"),
         ({"tool_choice": {"type": "web_search"}}, "tool_choice", "allowed_tools"),
-        ({"tool_choice": SOME}, "tool_choice", "none of the tools"),
+        ({"tools": [WEATHER], "tool_choice": SOME}, "tool_choice", "none of the tools"),
         ({"max_output_tokens": 0}, "max_output_tokens", "greater than or equal to 1"),
         ({"max_output_tokens": CONTEXT}, "max_output_tokens", "lower max_output_tokens"),
         ({"input": "x " * 2 * CONTEXT}, "input", f"may have {CONTEXT}"),
@@ -336,6 +346,15 @@ def test_a_choice_that_must_call_constrains_the_answer(roomy_api: Api, choice: A
     answer = roomy_api.post(PATH, {"input": "hi", "tools": [WEATHER], "tool_choice": choice}).json()
     assert answer["tool_choice"] == choice
     assert roomy_api.engine.received[-1].sampling.grammar is not None
+
+
+@pytest.mark.parametrize(
+    "form", [{"type": "json_object"}, {"type": "json_schema", "name": "x", "schema": WEATHER["parameters"]}]
+)
+def test_a_format_constrains_the_answer_and_is_told(api: Api, form: dict[str, Any]) -> None:
+    answer = api.post(PATH, {"input": "hi", "text": {"format": form}}).json()
+    assert answer["text"] == {"format": form, "verbosity": "medium"}
+    assert api.engine.received[-1].sampling.grammar is not None
 
 
 def test_log_probabilities_of_calls_are_left_out(roomy_api: Api) -> None:
