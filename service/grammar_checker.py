@@ -24,6 +24,14 @@ from service.jobs.trainer_process import trainer_environment
 CHECK_SECONDS = 4
 MAX_KNOWN = 1024
 """Grammars whose outcome is remembered."""
+TOO_DEEP = "it is too deep to compile"
+DEATHS: dict[int, str] = {
+    signal.SIGALRM: f"it takes more than {CHECK_SECONDS} s to compile",
+    signal.SIGSEGV: TOO_DEEP,
+    signal.SIGBUS: TOO_DEEP,
+    signal.SIGABRT: TOO_DEEP,
+}
+"""By signal: what the grammar did that the process died of it."""
 HARMLESS = 'start: "a"'
 
 
@@ -32,14 +40,14 @@ class GrammarChecker:
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
         self._command = (sys.executable, "-P", "-m", __name__, str(folder), str(vocab_size))
-        self._process: asyncio.subprocess.Process | None = None
+        self.process: asyncio.subprocess.Process | None = None
         self._lock = asyncio.Lock()
         self._known: OrderedDict[bytes, str | None] = OrderedDict()
 
     async def find_mistake(self, grammar: str) -> str | None:
         """Why the engine could not follow `grammar`; None if it can.
 
-        Raises ChildProcessError when the process cannot be started.
+        Raises ChildProcessError when the process cannot be started, or is killed.
         """
         key = hashlib.sha256(grammar.encode()).digest()
         if key not in self._known:
@@ -53,7 +61,7 @@ class GrammarChecker:
         return mistake
 
     async def close(self) -> None:
-        process, self._process = self._process, None
+        process, self.process = self.process, None
         if process is not None:
             if process.returncode is None:
                 process.kill()
@@ -61,7 +69,8 @@ class GrammarChecker:
 
     async def _ask(self, grammar: str) -> str | None:
         try:
-            if self._process is None:
+            if self.process is None or self.process.returncode is not None:
+                await self.close()
                 await self._start()
             if (answer := await self._exchange(grammar)) is not None:
                 mistake: str | None = json.loads(answer)
@@ -69,15 +78,15 @@ class GrammarChecker:
         except BaseException:  # cancelled, for one: the answer would be taken for that to the next question
             await self.close()
             raise
-        assert self._process is not None
-        ended_by = -await self._process.wait()
+        assert self.process is not None
+        code = await self.process.wait()
         await self.close()
-        if ended_by == signal.SIGALRM:
-            return f"it takes more than {CHECK_SECONDS} s to compile"
-        return "it is too deep or too large to compile"
+        if -code not in DEATHS:
+            raise ChildProcessError(f"the process that checks grammars ended with exit code {code}")
+        return DEATHS[-code]
 
     async def _start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(
+        self.process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
@@ -88,11 +97,11 @@ class GrammarChecker:
 
     async def _exchange(self, grammar: str) -> bytes | None:
         """The answer; None if the process died of the question."""
-        assert self._process is not None
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(grammar).encode() + b"\n")
-        return await self._process.stdout.readline() or None
+        assert self.process is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(grammar).encode() + b"\n")
+        return await self.process.stdout.readline() or None
 
 
 def main() -> None:

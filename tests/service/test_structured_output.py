@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import re
+import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -397,5 +398,25 @@ def test_what_was_checked_once_is_remembered_and_a_cancelled_check_does_not_mix_
                 with pytest.raises(UserError):
                     await find(bad)
             assert time.perf_counter() - begin < 0.5
+
+    asyncio.run(check())
+
+
+def test_a_checker_that_was_killed_is_started_again(answers: Answers) -> None:
+    async def check() -> None:
+        checker = GrammarChecker(answers.folder, VOCAB_SIZE)
+        assert await checker.find_mistake(regex("a", param=PARAM).grammar) is None
+        assert checker.process is not None
+        checker.process.kill()
+        await checker.process.wait()
+        assert await checker.find_mistake(regex("b", param=PARAM).grammar) is None
+        checker.process.send_signal(signal.SIGSTOP)
+        asking = asyncio.create_task(checker.find_mistake(regex("c", param=PARAM).grammar))
+        await asyncio.sleep(0.1)
+        checker.process.kill()
+        with pytest.raises(ChildProcessError, match="exit code -9"):
+            await asking
+        assert await checker.find_mistake(regex("c", param=PARAM).grammar) is None
+        await checker.close()
 
     asyncio.run(check())
