@@ -94,9 +94,8 @@ metric_list:
   - {metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true}
 """
 WAYS = {
-    "ids, one by one": {"tokenized_requests": True, "num_concurrent": 1, "batch_size": 1},
-    "ids, batches at once": {"tokenized_requests": True, "num_concurrent": 3, "batch_size": BATCH},
-    "text, batches at once": {"tokenized_requests": False, "num_concurrent": 2, "batch_size": BATCH},
+    "ids, several batches at once": {"tokenized_requests": True, "num_concurrent": 3, "batch_size": BATCH},
+    "text, one by one": {"tokenized_requests": False, "num_concurrent": 1, "batch_size": 1},
 }
 
 
