@@ -22,6 +22,7 @@ SHAPES: tuple[dict[str, Any], ...] = (
     {"max_num_seqs": 1, "max_num_batched_tokens": 300, "kv_cache_bytes": 20 * BLOCK_BYTES, "swap": "overlap"},
 )
 """Of engines: roomy, with a small budget, and with pools that force preemption."""
+SMALL_POOLS = (2, 3)
 
 GRAMMARS = ("start: /[a-z ]{2,12}/", 'start: "one" | "two" | "three"', "start: /[0-9]+/")
 
@@ -48,12 +49,14 @@ class Mix:
 def random_mix(seed: int) -> Mix:
     source = random.Random(seed)
     texts = [[source.randrange(3, VOCAB_SIZE) for _ in range(110)] for _ in range(2)]
-    lengths = range(33, 90) if source.random() < 0.15 else (0, 1, *range(2, 10), 40)
+    shape = source.randrange(len(SHAPES))
+    is_long = source.random() < (0.4 if shape in SMALL_POOLS else 0.02)
+    lengths = range(33, 80) if is_long else (0, 1, *range(2, 10), 40)
     arrivals: list[Arrival] = []
     for _ in range(source.randint(2, 6)):
         arrivals += _random_arrivals(source, texts, lengths, len(arrivals))
     swap_at = source.randrange(20) if source.random() < 0.15 else None
-    return Mix(shape=source.randrange(len(SHAPES)), arrivals=arrivals, swap_at=swap_at)
+    return Mix(shape=shape, arrivals=arrivals, swap_at=swap_at)
 
 
 def _random_arrivals(
