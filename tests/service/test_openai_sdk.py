@@ -14,7 +14,7 @@ import pytest
 from openai.types import CompletionUsage
 
 from tests.support.server import Server, running_server
-from tests.support.tiny import make_tiny_llama
+from tests.support.tiny import EOS, make_tiny_llama
 
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you? 你是谁?"}]
 CONTEXT = 8192
@@ -102,6 +102,60 @@ def test_a_batch_answers_each_prompt_as_alone(client: openai.OpenAI) -> None:
     together = client.completions.create(prompt=prompts, **options)
     alone = [client.completions.create(prompt=prompt, **options).choices[0].text for prompt in prompts]
     assert [choice.text for choice in together.choices] == alone
+
+
+CHANGE_NOTHING: dict[str, Any] = {
+    "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "n": 1, "top_p": 1, "stop": [], "seed": 1,
+    "user": "someone", "temperature": 0,
+}  # fmt: skip
+
+
+def test_a_chat_takes_every_parameter_of_the_client(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_completion_tokens=8, max_tokens=8, logprobs=True, top_logprobs=1,
+        metadata={"a": "b"}, store=False, service_tier="auto", safety_identifier="x", prompt_cache_key="y",
+        prompt_cache_retention="24h", prediction={"type": "content", "content": "p"}, modalities=["text"],
+        reasoning_effort="none", verbosity="medium", parallel_tool_calls=True, tool_choice="auto", tools=[],
+        response_format={"type": "text"}, **CHANGE_NOTHING,
+    )  # fmt: skip
+    plain = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=8, temperature=0)
+    assert answer.choices[0].message.content == plain.choices[0].message.content
+
+
+def test_a_completion_takes_every_parameter_of_the_client(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {**CHANGE_NOTHING, "best_of": 1, "echo": False, "logprobs": 1, "suffix": None}
+    answer = client.completions.create(model="tiny", prompt="the", max_tokens=8, **options)
+    plain = client.completions.create(model="tiny", prompt="the", max_tokens=8, temperature=0)
+    assert answer.choices[0].text == plain.choices[0].text
+
+
+def test_the_clients_own_streams_end_in_the_whole_answer(client: openai.OpenAI) -> None:
+    ends = {
+        "logit_bias": {str(EOS): 100},
+        "extra_body": {"min_tokens": 8},
+    }  # the client refuses an answer that is cut off
+    options: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "temperature": 0, **ends}
+    whole = client.chat.completions.create(**options)
+    with client.chat.completions.stream(**options, stream_options={"include_usage": True}) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion()
+    assert {"chunk", "content.delta", "content.done"} <= kinds
+    assert final.choices[0].message.content == whole.choices[0].message.content
+    assert counts(final.usage) == counts(whole.usage)
+
+
+def test_the_asynchronous_client_streams_side_by_side(server: Server) -> None:
+    async def text(client: openai.AsyncOpenAI, prompt: str) -> str:
+        stream = await client.completions.create(model="tiny", prompt=prompt, max_tokens=16, temperature=0, stream=True)
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def all_texts(prompts: list[str]) -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            return [*await asyncio.gather(*(text(client, prompt) for prompt in prompts))]
+
+    prompts = ["the", "hello", "你好", "x y z"] * 3
+    found = asyncio.run(all_texts(prompts))
+    assert found[:4] == found[4:8] == found[8:]
 
 
 def test_a_seed_repeats_an_answer(client: openai.OpenAI) -> None:

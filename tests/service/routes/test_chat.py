@@ -13,6 +13,7 @@ from tests.support.scripted_engine import CONTEXT
 
 PATH = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
+ANSWER = "<|im_start|>assistant\n"
 
 
 def prompt_text(api: Api) -> str:
@@ -119,3 +120,55 @@ def test_a_mistake_is_told_with_its_field_and_what_is_allowed(
 def test_every_field_that_the_sdk_can_send_is_known(method: Any, body: type[ChatRequest]) -> None:
     transport = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
     assert inspect.signature(method).parameters.keys() - transport <= body.model_fields.keys()
+
+
+@pytest.mark.parametrize(("begin", "end"), [(None, ANSWER), (True, ANSWER), (False, "hi<|im_end|>\n")])
+def test_the_prompt_ends_where_the_answer_begins_unless_told_otherwise(api: Api, begin: bool | None, end: str) -> None:
+    api.post(PATH, {"messages": HI, "add_generation_prompt": begin})
+    assert prompt_text(api).endswith(end)
+
+
+def test_the_answer_goes_on_with_an_open_message(api: Api) -> None:
+    talk = [*HI, {"role": "assistant", "content": "Once upon"}]
+    for begin in (None, False):
+        api.post(PATH, {"messages": talk, "continue_final_message": True, "add_generation_prompt": begin})
+        assert prompt_text(api).endswith(f"{ANSWER}Once upon")
+
+
+def test_logprobs_have_each_tokens_text_bytes_and_alternatives(api: Api) -> None:
+    api.says("a\U0001f6f8")
+    body = {"messages": HI, "logprobs": True, "top_logprobs": 1}
+    content = api.post(PATH, body).json()["choices"][0]["logprobs"]["content"]
+    assert b"".join(bytes(entry["bytes"]) for entry in content[:-1]).decode() == "a\U0001f6f8"
+    assert content[-1]["token"] == "<|im_end|>"
+    assert [entry["logprob"] for entry in content] == [-1.0] * len(content)
+    assert [[top["logprob"] for top in entry["top_logprobs"]] for entry in content] == [[-0.5]] * len(content)
+    chunks = [chunk["choices"][0]["logprobs"] for chunk in api.events(PATH, body)]
+    assert [entry for logprobs in chunks if logprobs is not None for entry in logprobs["content"]] == content
+
+
+def test_without_alternatives_logprobs_are_of_the_tokens_alone(api: Api) -> None:
+    content = api.post(PATH, {"messages": HI, "logprobs": True}).json()["choices"][0]["logprobs"]["content"]
+    assert {tuple(entry["top_logprobs"]) for entry in content} == {()}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [({"top_logprobs": 2}, "top_logprobs", "logprobs: true"),
+     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+     ({"logprobs": 5}, "logprobs", "valid boolean"),
+     ({"functions": [{"name": "f"}]}, "functions", "send tools"),
+     ({"function_call": "f"}, "function_call", "send tool_choice"),
+     ({"modalities": ["text", "audio"]}, "modalities", "not supported"),
+     ({"web_search_options": {}}, "web_search_options", "not supported"),
+     ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", "one of the two"),
+     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "messages"),
+     ({"best_of": 2}, "best_of", "unknown field"),
+     ({"echo": True}, "echo", "unknown field")],
+)  # fmt: skip
+def test_what_a_chat_cannot_do_is_told(api: Api, body: dict[str, Any], param: str, words: str) -> None:
+    answer = api.post(PATH, {"messages": HI, **body})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
+    assert words in answer.json()["error"]["message"]
+    assert not api.engine.received
