@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, GetJsonSchemaHandler, PlainValidator, TypeAdapter, WithJsonSchema, WrapValidator
+from pydantic import FailFast, Field, GetJsonSchemaHandler, PlainValidator, TypeAdapter, WithJsonSchema, WrapValidator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
@@ -19,6 +19,7 @@ MAX_ID_CHARS = 256
 TEXT_PARTS = ("input_text", "output_text", "text")
 PART_EXTRAS = {"annotations", "logprobs", "prompt_cache_breakpoint"}
 """What parts of an earlier answer bring along. It is not shown to the model."""
+PART_FIELDS = {"type", "text", *PART_EXTRAS}
 PART_SCHEMA = {
     "type": "object",
     "properties": {"type": {"enum": [*TEXT_PARTS]}, "text": {"type": "string"}} | {name: {} for name in PART_EXTRAS},
@@ -38,7 +39,7 @@ def parse_text(value: object) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in TEXT_PARTS:
             raise ValueError(f"only parts of type {', '.join(TEXT_PARTS)} are supported: no images, files or audio")
-        if not isinstance(part.get("text"), str) or part.keys() - PART_EXTRAS != {"type", "text"}:
+        if not isinstance(part.get("text"), str) or not part.keys() <= PART_FIELDS:
             raise ValueError(f'a part of type {kind} must have a "text", and nothing else')
     return "\n".join(part["text"] for part in value)
 
@@ -109,7 +110,9 @@ def _parse_item(value: object, _: object) -> AnyItem:
 
 
 Items = Annotated[
-    tuple[Annotated[AnyItem, WrapValidator(_parse_item)], ...], Field(min_length=1, max_length=MAX_ITEMS, strict=False)
+    tuple[Annotated[AnyItem, WrapValidator(_parse_item)], ...],
+    Field(min_length=1, max_length=MAX_ITEMS, strict=False),
+    FailFast(),
 ]
 _items: TypeAdapter[tuple[AnyItem, ...]] = TypeAdapter(Items)
 

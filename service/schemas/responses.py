@@ -32,9 +32,30 @@ Includable = Literal[
     "code_interpreter_call.outputs",
     "computer_call_output.output.image_url",
 ]
-MAX_METADATA = 16
-MetadataKey = Annotated[str, Field(max_length=64)]
-MetadataValue = Annotated[str, Field(max_length=512)]
+MAX_METADATA, MAX_KEY_CHARS, MAX_VALUE_CHARS = 16, 64, 512
+METADATA_SCHEMA = {
+    "anyOf": [
+        {
+            "type": "object",
+            "additionalProperties": {"type": "string", "maxLength": MAX_VALUE_CHARS},
+            "maxProperties": MAX_METADATA,
+        },
+        {"type": "null"},
+    ],
+    "description": "Told back with the answer.",
+}
+
+
+def parse_metadata(value: object) -> dict[str, str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or len(value) > MAX_METADATA:
+        raise ValueError(f"must be an object of at most {MAX_METADATA} keys, each with a text")
+    for key, text in value.items():
+        if not isinstance(text, str) or len(text) > MAX_VALUE_CHARS or len(key) > MAX_KEY_CHARS:
+            allowed = f"keys have at most {MAX_KEY_CHARS} characters, and are texts of at most {MAX_VALUE_CHARS}"
+            raise ValueError(f"{key!r:.80}: {allowed}")
+    return value
 
 
 class FunctionTool(Function):
@@ -173,7 +194,7 @@ class ResponseRequest(BaseSampling):
     stream_options: ResponseStreamOptions | None = None
     store: bool | None = None
     """Accepted, and answered with false: nothing is stored."""
-    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)] | None = None
+    metadata: Annotated[dict[str, str] | None, PlainValidator(parse_metadata), WithJsonSchema(METADATA_SCHEMA)] = None
     user: str | None = None
     safety_identifier: str | None = None
     service_tier: str | None = None
