@@ -260,14 +260,19 @@ def _check_variables(variables: Mapping[str, Any]) -> None:
             raise UserError(f"chat_template_kwargs.{name:.80}: {reason}", param="chat_template_kwargs")
 
 
-def _size_of(value: Any, where: str, depth: int = 0) -> int:
-    if depth > MAX_VARIABLE_DEPTH:
-        raise UserError(f"{where:.80}: nested deeper than {MAX_VARIABLE_DEPTH}", param="chat_template_kwargs")
-    if isinstance(value, Mapping):
-        return sum(len(name) + 1 + _size_of(item, where, depth + 1) for name, item in value.items())
-    if isinstance(value, list):
-        return sum(1 + _size_of(item, where, depth + 1) for item in value)
-    return len(value) if isinstance(value, str) else 1
+def _size_of(variable: Any, where: str) -> int:
+    """Characters, and one for each other value. What is far too large is not counted to its end."""
+    size = 0
+    rest: list[tuple[Any, int]] = [(variable, 0)]
+    while rest and size <= MAX_VARIABLE_SIZE:
+        value, depth = rest.pop()
+        if depth > MAX_VARIABLE_DEPTH:
+            raise UserError(f"{where:.80}: nested deeper than {MAX_VARIABLE_DEPTH}", param="chat_template_kwargs")
+        size += len(value) if isinstance(value, str | list | Mapping) else 1
+        if size <= MAX_VARIABLE_SIZE and isinstance(value, list | Mapping):
+            items = [*value, *value.values()] if isinstance(value, Mapping) else value
+            rest += [(item, depth + 1) for item in items]
+    return size
 
 
 def _shared(left: str, right: str) -> str:

@@ -67,6 +67,7 @@ async def ask(
     shows_special = options.skip_special_tokens is False or (plan is not None and not plan.skip_special_tokens)
     asks = []
     for prompt in prompts:
+        _check_length(codec, prompt, engine.max_model_len, param)
         prompt_ids = await _encode(codec, prompt, param, add_special_tokens=add_special_tokens)
         limit = _limit(len(prompt_ids), max_tokens, default_max_tokens, engine.max_model_len, param)
         if shared.min_tokens > limit:
@@ -105,6 +106,20 @@ async def _grammar(checker: GrammarChecker, wanted: Sequence[Constraint], plan: 
     if grammar is not None:
         await check_constraint(Constraint(grammar=grammar, param=param), checker)
     return grammar
+
+
+def _check_length(codec: Codec, prompt: Prompt, context: int, param: str) -> None:
+    """Refuse what cannot fit before it is encoded, which takes seconds for each megabyte. Raises ApiError."""
+    if isinstance(prompt, tuple):
+        return
+    texts = [prompt] if isinstance(prompt, str) else [message.get("content") or "" for message in prompt.messages]
+    if (num_chars := sum(map(len, texts))) > context * codec.longest_token:
+        raise ApiError(
+            400,
+            f"{param}: its {num_chars} characters cannot fit into the context of {context} tokens: shorten it",
+            param=param,
+            code="context_length_exceeded",
+        )
 
 
 async def _encode(codec: Codec, prompt: Prompt, param: str, *, add_special_tokens: bool) -> list[int]:

@@ -27,6 +27,8 @@ class Codec:
     token_bytes: TokenBytes
     vocab_size: int
     """Rows of the model's embedding: ids in a request must lie below."""
+    longest_token: int
+    """In bytes. A text has at least one token for so many characters."""
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Raises UserError for text that is not Unicode."""
@@ -61,9 +63,11 @@ class Codec:
 def load_codec(folder: Path) -> Codec:
     """Raises UserError when the tokenizer, the template or the config of a model folder cannot be used."""
     tokenizer = load_tokenizer(folder)
+    bytes_of = token_bytes(tokenizer)
     return Codec(
         tokenizer=tokenizer,
         template=load_template(folder, tokenizer),
-        token_bytes=token_bytes(tokenizer),
+        token_bytes=bytes_of,
         vocab_size=load_config(folder).vocab_size,
+        longest_token=max(len(bytes_of(token_id)) for token_id in range(tokenizer.backend.last_id + 1)),
     )

@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "unavailable_error"}
 ROUTING_MESSAGES = {
-    404: "there is no {method} {path}: see /docs for the routes that exist",
-    405: "{path} does not take {method}: see /docs for the methods that it takes",
+    404: "there is no {method:.20} {path:.200}: see /docs for the routes that exist",
+    405: "{path:.200} does not take {method:.20}: see /docs for the methods that it takes",
 }
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -144,11 +144,20 @@ def error_response(request: Request, error: ApiError) -> Response:
 
 def _plain_http_error(request: Request, error: HTTPException) -> ApiError:
     template = ROUTING_MESSAGES.get(error.status_code, "{detail}")
-    detail = error.detail if error.__cause__ is None else f"{error.detail}: {error.__cause__}"
+    detail = error.detail if error.__cause__ is None else f"the body cannot be read: {_why(error.__cause__)}"
     message = template.format(method=request.method, path=request.url.path, detail=detail)
     converted = ApiError(error.status_code, message)
     converted.headers = error.headers
     return converted
+
+
+def _why(error: BaseException) -> str:
+    """In whose own words the decoder's limits would be told."""
+    if isinstance(error, RecursionError):
+        return "it has too many objects and lists within each other"
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 at byte {error.start}"
+    return "a number has too many digits" if "digits" in str(error) else str(error)
 
 
 _echo = Repr()

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
 from lm.errors import UserError
 from trainer.data.options import COLUMN_NAMES, DataFormat, ReadOptions, Role, Source
@@ -28,8 +37,16 @@ DEFAULT_MIN_STEPS = 48
 DEFAULT_LEARNING_RATE: dict[Recipe, float] = {"full": 1e-4, "lora": 5e-4}
 
 
+MAX_FIELDS = 256
 SECRET = "secret"
 """Type of the mistakes in a field whose value no message shows."""
+
+
+def _fail_fast(schema: Any) -> None:
+    for node in schema if isinstance(schema, list) else schema.values() if isinstance(schema, dict) else ():
+        _fail_fast(node)
+    if isinstance(schema, dict) and schema.get("type") in ("list", "tuple"):
+        schema["fail_fast"] = True
 
 
 class Strict(BaseModel):
@@ -38,6 +55,20 @@ class Strict(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """A list is left at its first mistake: only one is told, and millions would take minutes to collect."""
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > MAX_FIELDS:
+            raise ValueError(f"one object has at most {MAX_FIELDS} fields, not {len(data)}")
+        return data
 
 
 Affixes = Annotated[tuple[str, str], Field(strict=False)]

@@ -12,6 +12,7 @@ from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, PlainVal
 from pydantic_core import CoreSchema, core_schema
 
 MAX_PROMPTS = 128
+MAX_MESSAGES = 10_000
 MAX_N = 128
 MAX_ANSWERS = 256
 """Prompts x answers to each."""

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from service.schemas.fields import (
     MAX_BAD_WORDS,
+    MAX_MESSAGES,
     MAX_N,
     MAX_STOP_TOKENS,
     BadWord,
@@ -153,7 +154,7 @@ class Sampling(BaseSampling):
 class Conversation(Strict):
     """How messages become a prompt, and what may be called in the answer."""
 
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     """A conversation, rendered through the model's chat template."""
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     """Functions that the answer may call."""
@@ -244,7 +245,7 @@ class CompletionRequest(TextAnswer, OpenAiRequest):
 class ChatRequest(Conversation, OpenAiRequest):
     """POST /v1/chat/completions. `max_tokens` is the rest of the context by default."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: MaxTokens | None = None
     """Today's name of `max_tokens`."""
     logprobs: bool | None = None
