@@ -30,6 +30,7 @@ class TokenBytes:
     """Tokens that are no text, and are left out of it unless they are asked for."""
     is_byte_level: bool
     known: dict[int, bytes] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
 
     def __call__(self, token_id: int) -> bytes:
         """Nothing for an id that the tokenizer lacks."""
@@ -40,7 +41,10 @@ class TokenBytes:
 
     def text(self, token_id: int) -> str:
         """With U+FFFD for what is not a whole character."""
-        return self(token_id).decode("utf-8", "replace")
+        found = self.texts.get(token_id)
+        if found is None:
+            found = self.texts[token_id] = self(token_id).decode("utf-8", "replace")
+        return found
 
     def _look_up(self, token_id: int) -> bytes:
         if token_id in self.spelled:

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from service.asking import ask
 from service.routes.chat_choices import ChatChoices
 from service.routes.conversations import plan_chat
-from service.routes.replies import STREAMED, chunks, new_reply
+from service.routes.replies import STREAMED, answered, chunks, new_reply
 from service.schemas.answers import ChatCompletion
 from service.schemas.requests import ChatRequest
 from service.services import ServicesDep
@@ -18,9 +18,7 @@ router = APIRouter(tags=["OpenAI"])
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMED)
-async def create_chat_completion(
-    body: ChatRequest, request: Request, services: ServicesDep
-) -> ChatCompletion | Response:
+async def create_chat_completion(body: ChatRequest, request: Request, services: ServicesDep) -> Response:
     """Answer a conversation."""
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     chat, plan = plan_chat(services.codec, body)
@@ -37,8 +35,9 @@ async def create_chat_completion(
     if body.stream:
         return await event_stream(request.receive, chunks(reply, "chat.completion.chunk", body.stream_options, choices))
     texts = await unless_gone(request.receive, reply.texts())
-    return ChatCompletion(
-        **reply.head("chat.completion"),
-        choices=[choices.whole(answer, text) for answer, text in zip(reply.answers, texts, strict=True)],
-        usage=reply.usage(),
-    )
+
+    def whole() -> ChatCompletion:
+        told = [choices.whole(answer, text) for answer, text in zip(reply.answers, texts, strict=True)]
+        return ChatCompletion(**reply.head("chat.completion"), choices=told, usage=reply.usage())
+
+    return await answered(reply, whole)

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from lm.errors import UserError
 from service.asking import ask
 from service.generation import Answer
-from service.routes.replies import STREAMED, chunks, new_reply
+from service.routes.replies import STREAMED, answered, chunks, new_reply
 from service.routes.text_choices import TextChoices
 from service.schemas.answers import Completion, CompletionChoice
 from service.schemas.requests import CompletionRequest
@@ -26,7 +26,7 @@ router = APIRouter(tags=["OpenAI"])
 
 
 @router.post("/v1/completions", response_model=Completion, responses=STREAMED)
-async def create_completion(body: CompletionRequest, request: Request, services: ServicesDep) -> Completion | Response:
+async def create_completion(body: CompletionRequest, request: Request, services: ServicesDep) -> Response:
     """Continue one or more prompts."""
     if body.max_tokens == 0 and not body.echo:
         raise UserError("max_tokens: 0 makes no answer; it is allowed with echo: true only", param="max_tokens")
@@ -44,11 +44,12 @@ async def create_completion(body: CompletionRequest, request: Request, services:
     if body.stream:
         return await event_stream(request.receive, chunks(reply, KIND, body.stream_options, choices))
     texts = await unless_gone(request.receive, reply.texts())
-    return Completion(
-        **reply.head(KIND),
-        choices=whole_choices(choices, reply.answers, texts, body.num_returned),
-        usage=reply.usage(),
-    )
+
+    def whole() -> Completion:
+        told = whole_choices(choices, reply.answers, texts, body.num_returned)
+        return Completion(**reply.head(KIND), choices=told, usage=reply.usage())
+
+    return await answered(reply, whole)
 
 
 def whole_choices(

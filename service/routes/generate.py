@@ -15,7 +15,7 @@ from service.asking import Prompt, ask
 from service.generation import Answer
 from service.routes.completions import KIND, whole_choices
 from service.routes.conversations import plan_chat
-from service.routes.replies import STREAMED, Reply, chunks, new_reply
+from service.routes.replies import STREAMED, Reply, answered, chunks, new_reply
 from service.routes.text_choices import TextChoices
 from service.schemas.answers import GenerateAnswer, GenerationMetrics
 from service.schemas.requests import Conversation, GenerateRequest
@@ -30,7 +30,7 @@ router = APIRouter(tags=["Generate"])
 
 
 @router.post("/generate", response_model=GenerateAnswer, responses=STREAMED)
-async def generate(body: GenerateRequest, request: Request, services: ServicesDep) -> GenerateAnswer | Response:
+async def generate(body: GenerateRequest, request: Request, services: ServicesDep) -> Response:
     """Answer `messages`, or continue `prompt` as it stands; with the speed, the bandwidth and the memory it took."""
     prompts, param, plan = _prompts(services, body)
     asks = await ask(
@@ -45,15 +45,16 @@ async def generate(body: GenerateRequest, request: Request, services: ServicesDe
     reply = new_reply(services, request, services.generator.answers_for(asks), model=body.model, prefix="cmpl")
     choices = TextChoices(services.codec, body, plan)
     if body.stream:
-        metrics = partial(_summary, services, reply)
-        return await event_stream(request.receive, chunks(reply, KIND, body.stream_options, choices, summary=metrics))
+        summary = partial(_summary, services, reply)
+        return await event_stream(request.receive, chunks(reply, KIND, body.stream_options, choices, summary=summary))
     texts = await unless_gone(request.receive, reply.texts())
-    return GenerateAnswer(
-        **reply.head(KIND),
-        choices=whole_choices(choices, reply.answers, texts, body.num_returned),
-        usage=reply.usage(),
-        metrics=_metrics(services, reply.answers),
-    )
+    metrics = _metrics(services, reply.answers)
+
+    def whole() -> GenerateAnswer:
+        told = whole_choices(choices, reply.answers, texts, body.num_returned)
+        return GenerateAnswer(**reply.head(KIND), choices=told, usage=reply.usage(), metrics=metrics)
+
+    return await answered(reply, whole)
 
 
 def _prompts(services: Services, body: GenerateRequest) -> tuple[Sequence[Prompt], str, ToolPlan | None]:

@@ -25,11 +25,17 @@ class TextOffsets:
     position: int = 0
     """Where the next token begins. One that begins within a character has that character's place."""
     _decoder: Any = field(default_factory=lambda: _new_decoder("replace"))
+    _in_character: bool = False
 
     def add(self, token_id: int) -> int:
         start = self.position
-        if self.shows_special or token_id not in self.token_bytes.special:
-            self.position += len(self._decoder.decode(self.token_bytes(token_id)))
+        if not self.shows_special and token_id in self.token_bytes.special:
+            return start
+        text = self.token_bytes.text(token_id)
+        if self._in_character or "\ufffd" in text:
+            text = self._decoder.decode(self.token_bytes(token_id))
+            self._in_character = bool(self._decoder.getstate()[0])
+        self.position += len(text)
         return start
 
 
@@ -48,6 +54,7 @@ def text_logprobs(
 
     Two tokens with the same text, such as parts of characters, share an entry, which has the larger value.
     """
+    text_of = token_bytes.text
     values: list[float | None] = []
     tops: list[dict[str, float] | None] = []
     for token_id, item in zip(ids, logprobs, strict=True):
@@ -58,12 +65,16 @@ def text_logprobs(
         value = max(item.logprob, LEAST)
         top: dict[str, float] = {}
         for other, logprob in (*zip(item.top_ids[:num_top], item.top_logprobs, strict=False), (token_id, value)):
-            text = token_bytes.text(other)
+            text = text_of(other)
             top[text] = max(logprob, top.get(text, LEAST))
         values.append(value)
         tops.append(top)
-    tokens = [token_bytes.text(token_id) for token_id in ids]
-    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+    return {
+        "tokens": [text_of(token_id) for token_id in ids],
+        "token_logprobs": values,
+        "top_logprobs": tops,
+        "text_offset": offsets,
+    }
 
 
 def chat_logprobs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
@@ -10,6 +11,8 @@ from typing import Any
 
 import msgspec
 from fastapi import Request
+from pydantic import BaseModel
+from starlette.responses import Response
 
 from service.generation import Answer, Piece
 from service.schemas.answers import PromptTokensDetails, Usage
@@ -21,6 +24,8 @@ STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer, or its events"}
 }
 """What a route's documentation says beside its JSON answer."""
+
+MANY_LOGPROBS = 500  # of which a millisecond writes about so many
 
 encode = msgspec.json.Encoder().encode
 
@@ -76,6 +81,18 @@ class Reply:
                 for piece in batch:
                     parts[piece.answer.index].append(piece.text)
         return ["".join(part) for part in parts]
+
+
+async def answered(reply: Reply, make: Callable[[], BaseModel]) -> Response:
+    """What `make` makes of a complete reply, as JSON. Where that takes long, a thread does it, and streams go on."""
+    num_entries = sum(len(answer.logprobs) + len(answer.prompt_logprobs) for answer in reply.answers)
+    is_long = num_entries > MANY_LOGPROBS
+    body = await asyncio.to_thread(_as_json, make) if is_long else _as_json(make)
+    return Response(body, media_type="application/json")
+
+
+def _as_json(make: Callable[[], BaseModel]) -> str:
+    return make().model_dump_json()
 
 
 def new_reply(services: Services, request: Request, answers: list[Answer], *, model: str | None, prefix: str) -> Reply:
