@@ -47,7 +47,7 @@ def test_a_call_has_what_the_user_said(sdk: openai.OpenAI) -> None:
             tool_choice={"type": "function", "function": {"name": "get_weather"}},
             temperature=0,
         )
-        (call,) = answer.choices[0].message.tool_calls or ()
+        (call,) = answer.choices[0].message.tool_calls or [None]
         assert isinstance(call, openai.types.chat.ChatCompletionMessageFunctionToolCall)
         assert json.loads(call.function.arguments)["city"].startswith(city)
 

@@ -137,12 +137,12 @@ def test_one_call_is_exactly_one(tmp_path: Path, format: ToolFormat) -> None:
 
 def test_arguments_follow_random_schemas(tmp_path: Path) -> None:
     model, rng = Constrained(tmp_path, HERMES), random.Random(5)
+    checker = jsonschema.FormatChecker(CHECKED)
     for seed in range(30):
-        function = Function(name="f", parameters=random_schema(rng, depth=2))
-        ((_, arguments),) = calls_in(HERMES, model.answer((function,), 1, seed), "f")
-        jsonschema.validate(
-            json.loads(arguments), function.parameters, format_checker=jsonschema.FormatChecker(CHECKED)
-        )
+        schema = random_schema(rng, depth=2)
+        answer = model.answer((Function(name="f", parameters=schema),), 1, seed)
+        ((_, arguments),) = calls_in(HERMES, answer, "f")
+        jsonschema.validate(json.loads(arguments), schema, format_checker=checker)
 
 
 def test_special_tokens_mark_the_calls_where_the_model_has_them(tmp_path: Path) -> None:
