@@ -47,7 +47,9 @@ def test_a_call_has_what_the_user_said(sdk: openai.OpenAI) -> None:
             tool_choice={"type": "function", "function": {"name": "get_weather"}},
             temperature=0,
         )
-        (call,) = answer.choices[0].message.tool_calls or [None]
+        calls = answer.choices[0].message.tool_calls or []
+        assert len(calls) == 1
+        call = calls[0]
         assert isinstance(call, openai.types.chat.ChatCompletionMessageFunctionToolCall)
         assert json.loads(call.function.arguments)["city"].startswith(city)
 
