@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
+import msgspec
 from fastapi import APIRouter
+from starlette.responses import Response
 
 from lm.errors import UserError
 from lm.token_bytes import TokenBytes
@@ -17,7 +21,6 @@ from service.schemas.tokenize import (
     DetokenizeRequest,
     TokenizeAnswer,
     TokenizeRequest,
-    TokenPiece,
 )
 from service.services import ServicesDep
 
@@ -26,31 +29,46 @@ FORMS = ("prompt", "messages", "content")
 router = APIRouter(tags=["Tokens"])
 
 
-@router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, services: ServicesDep) -> TokenizeAnswer:
+@router.post("/tokenize", response_model=TokenizeAnswer)
+async def tokenize(body: TokenizeRequest, services: ServicesDep) -> Response:
     """Token ids of a text or of a conversation."""
     check_model(services, body.model)
     codec, ready = services.codec, services.engine.ready
     ids = await _encode(codec, body)
-    id_to_token = codec.tokenizer.backend.id_to_token
-    return TokenizeAnswer(
-        tokens=[_piece(codec.token_bytes, token_id) for token_id in ids] if body.with_pieces else ids,
-        count=len(ids),
-        max_model_len=None if ready is None else ready.max_model_len,
-        token_strs=[id_to_token(token_id) or "" for token_id in ids] if body.return_token_strs else None,
-    )
+
+    def answer() -> bytes:
+        id_to_token = codec.tokenizer.backend.id_to_token
+        return msgspec.json.encode(
+            {
+                "tokens": [_piece(codec.token_bytes, token_id) for token_id in ids] if body.with_pieces else ids,
+                "count": len(ids),
+                "max_model_len": None if ready is None else ready.max_model_len,
+                "token_strs": [id_to_token(token_id) or "" for token_id in ids] if body.return_token_strs else None,
+            }
+        )
+
+    return await _json(answer)
 
 
-@router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, services: ServicesDep) -> DetokenizeAnswer:
+@router.post("/detokenize", response_model=DetokenizeAnswer)
+async def detokenize(body: DetokenizeRequest, services: ServicesDep) -> Response:
     """The text of token ids."""
     check_model(services, body.model)
-    try:
-        ids = services.codec.check_ids(body.tokens)
-    except UserError as error:
-        raise UserError(f"tokens: {error}", param="tokens") from error
-    text = await asyncio.to_thread(services.codec.tokenizer.decode, ids, skip_special_tokens=False)
-    return DetokenizeAnswer(prompt=text, content=text)
+
+    def answer() -> bytes:
+        try:
+            ids = services.codec.check_ids(body.tokens)
+        except UserError as error:
+            raise UserError(f"tokens: {error}", param="tokens") from error
+        text = services.codec.tokenizer.decode(ids, skip_special_tokens=False)
+        return msgspec.json.encode({"prompt": text, "content": text})
+
+    return await _json(answer)
+
+
+async def _json(answer: Callable[[], bytes]) -> Response:
+    """Made beside the event loop, since an answer may have millions of tokens."""
+    return Response(await asyncio.to_thread(answer), media_type="application/json")
 
 
 async def _encode(codec: Codec, body: TokenizeRequest) -> list[int]:
@@ -81,9 +99,9 @@ def _adds_special(body: TokenizeRequest) -> bool | None:
     return body.add_special if body.add_special_tokens is None else body.add_special_tokens
 
 
-def _piece(token_bytes: TokenBytes, token_id: int) -> TokenPiece:
+def _piece(token_bytes: TokenBytes, token_id: int) -> dict[str, Any]:
     data = token_bytes(token_id)
     try:
-        return TokenPiece(id=token_id, piece=data.decode())
+        return {"id": token_id, "piece": data.decode()}
     except UnicodeDecodeError:
-        return TokenPiece(id=token_id, piece=list(data))
+        return {"id": token_id, "piece": list(data)}
