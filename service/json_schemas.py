@@ -9,6 +9,7 @@ from lm.errors import UserError
 
 MAX_DEPTH = 64
 """Of objects and lists within each other. llguidance ends at 128."""
+MAX_MEMBERS = 32_768
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As JSON is mostly written where models learn it. Free white space would let a model write it for ever."""
 OTHERS = ("$ref", "anyOf", "oneOf", "if", "dependentSchemas")
@@ -26,10 +27,14 @@ def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_schema(schema: Mapping[str, Any], param: str) -> None:
-    """Raises UserError for what is nested too deeply, refers to elsewhere, or is not JSON."""
+    """Raises UserError for what is too large or nested too deeply, refers to elsewhere, or is not JSON."""
+    num_members = 0
     left: list[tuple[Any, int]] = [(schema, 1)]
     while left:
         value, depth = left.pop()
+        num_members += len(value)
+        if num_members > MAX_MEMBERS:
+            raise UserError(f"{param}: more than {MAX_MEMBERS} values: make it smaller", param=param)
         if depth > MAX_DEPTH:
             raise UserError(f"{param}: more than {MAX_DEPTH} objects and lists within each other", param=param)
         if isinstance(value, Mapping):

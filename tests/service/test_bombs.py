@@ -12,6 +12,7 @@ from tests.support.api import Api
 
 MANY = 300_000
 MESSAGE = {"role": "user", "content": "a"}
+BIG_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "x": [1] * MANY}}}
 BOMBS: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"prompt": "a", **{f"x{number}": 1 for number in range(MANY)}}, "at most 256 fields"),
     ("/v1/completions", {"prompt": [{}] * MANY}, "at most 128 prompts"),
@@ -25,6 +26,7 @@ BOMBS: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/chat/completions", {"messages": [MESSAGE] * MANY}, "at most 10000 items"),
     ("/v1/chat/completions", {"messages": [{**MESSAGE, "content": "a " * MANY}]}, "cannot fit into the context"),
     ("/v1/chat/completions", {"messages": [MESSAGE], "tools": [{}] * MANY}, "tools.0.type"),
+    ("/v1/chat/completions", {"messages": [MESSAGE], "tools": [BIG_TOOL]}, "more than 32768 values"),
     ("/v1/chat/completions", {"messages": [MESSAGE], "chat_template_kwargs": {"x": [1] * MANY}}, "65536 characters"),
     ("/generate", {"messages": [{**MESSAGE, "x": 1}] * MANY}, "messages.0.x"),
     ("/v1/responses", {"input": [{}] * MANY}, "input"),
