@@ -128,6 +128,14 @@ class Sampling(BaseSampling):
     return_token_ids: bool | None = None
     """Add the ids of the prompt and of the answer to each choice."""
 
+    use_beam_search: Annotated[Any, Only(None, False)] = None
+    length_penalty: Annotated[Any, Only(None, 1)] = None
+    priority: Annotated[Any, Only(None, 0)] = None
+    truncate_prompt_tokens: Annotated[Any, Only(None, mend="shorten the prompt; POST /tokenize counts")] = None
+    spaces_between_special_tokens: Annotated[Any, Only(None, True)] = None
+    detokenize: Annotated[Any, Only(None, True)] = None
+    return_tokens_as_token_ids: Annotated[Any, Only(None, False, mend="send return_token_ids")] = None
+
     @field_validator("stream_options")
     @classmethod
     def _only_in_a_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
@@ -263,6 +271,10 @@ class ChatRequest(Conversation, OpenAiRequest):
     verbosity: Annotated[Any, Only(None, "medium")] = None
     web_search_options: Annotated[Any, Only(None)] = None
     moderation: Annotated[Any, Only(None)] = None
+    echo: Annotated[Any, Only(None, False)] = None
+    add_special_tokens: Annotated[Any, Only(None, False, mend="the chat template writes them")] = None
+    documents: Annotated[Any, Only(None, [])] = None
+    chat_template: Annotated[Any, Only(None, mend="the model's own is used")] = None
 
     @field_validator("max_completion_tokens")
     @classmethod

@@ -67,6 +67,26 @@ def test_null_changes_nothing(api: Api, path: str, field: str) -> None:
     assert sampling(api, path, **{field: None}) == sampling(api, path)
 
 
+@pytest.mark.parametrize(
+    ("field", "neutral", "other"),
+    [
+        ("use_beam_search", False, True),
+        ("length_penalty", 1.0, 1.5),
+        ("priority", 0, 1),
+        ("truncate_prompt_tokens", None, 5),
+        ("spaces_between_special_tokens", True, False),
+        ("detokenize", True, False),
+        ("return_tokens_as_token_ids", False, True),
+    ],
+)
+def test_what_vllms_clients_send_by_default_is_taken_and_anything_else_refused(
+    api: Api, path: str, field: str, neutral: Any, other: Any
+) -> None:
+    assert sampling(api, path, **{field: neutral}) == sampling(api, path)
+    refused = api.post(path, {**ENDPOINTS[path], field: other})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
+
+
 def test_a_bias_goes_by_token_ids(api: Api, path: str) -> None:
     assert sampling(api, path, logit_bias={"5": -100, "17": 2.5}).logit_bias == {5: -100.0, 17: 2.5}
 
