@@ -14,6 +14,11 @@ ERROR = {
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}},
 }
 
+KEYS = {
+    "Bearer": {"type": "http", "scheme": "bearer"},
+    "Key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+}
+
 
 def openapi_document(app: FastAPI) -> dict[str, Any]:
     """Deterministic: the same code gives the same document."""
@@ -24,7 +29,9 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
                 operation["responses"].pop("422", None)
                 operation["responses"]["4XX"] = ERROR
                 operation["responses"]["5XX"] = ERROR
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        document["security"] = [{}, *({name: []} for name in KEYS)]  # none, where no keys are configured
+        document.setdefault("components", {})["securitySchemes"] = KEYS
+        schemas = document["components"].setdefault("schemas", {})
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         error = ErrorBody.model_json_schema(ref_template="#/components/schemas/{model}")

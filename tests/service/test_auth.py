@@ -70,6 +70,12 @@ def test_every_route_but_the_open_ones_needs_a_key(locked: Api) -> None:
         assert (answer.status_code == 401) == (path not in OPEN_PATHS), (path, method)
 
 
+def test_the_document_tells_the_ways_to_show_a_key(locked: Api) -> None:
+    document = locked.get("/openapi.json").json()
+    assert document["components"]["securitySchemes"].keys() == {"Bearer", "Key"}
+    assert document["security"] == [{}, {"Bearer": []}, {"Key": []}]
+
+
 @pytest.mark.parametrize("path", ["/nothing", "/health/", "/Health", "//health", "/metrics%2f.."])
 def test_what_is_not_exactly_an_open_path_needs_a_key(locked: Api, path: str) -> None:
     assert locked.get(path).status_code == 401
