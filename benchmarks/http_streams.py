@@ -1,10 +1,15 @@
-"""`make bench-http`: streamed tokens per second through the whole HTTP stack, beside a bare Starlette app, on one core.
+"""Streamed tokens per second through the whole HTTP stack on one core, beside a bare Starlette app on the same core.
 
-The service is the real command; its engine is a process that answers with the tokens of the prompt as fast as they are
-read (tests/support/echo_engine.py). The bare app streams the very bytes that the service sent, under the same event
-loop and uvicorn settings, one event a write and without waiting for anything. Both run on core 0, one after the other in each round; the
-client and the engine share core 1. Two engines are measured: one that runs ahead, as far as the socket's buffer goes,
-and one that makes a step only when the one before has been read, so that every token is a wake-up.
+The service is the real command; its engine is a process that answers with the tokens of the prompt
+(tests/support/echo_engine.py). The bare app streams the very bytes that the service sent, under the same event loop and
+uvicorn settings, one event a write. In each round one side is measured after the other; client and engine have the other
+core. Two tables:
+
+runs ahead     The engine makes steps as fast as they are read. The bare app sends without waiting for anything.
+in lockstep    The engine makes a step when the one before has been read, so that every step is a wake-up and every token a
+               write. The bare app yields to the event loop before each event, as an app that waits for a token does.
+
+Beside tokens per second there is the processor's time per token, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -22,16 +27,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
-from service.server import run_until_done, uvicorn_config
+from service.server import listen, run_until_done, uvicorn_config
 from tests.support.echo_engine import CORE, LOCKSTEP
 from tests.support.scripted_engine import write_model_without_weights
 from tests.support.server import running_server
@@ -151,29 +157,29 @@ def bare_app(folder: Path) -> Iterator[Side]:
 
 
 def serve_bare(folder: Path) -> None:
-    """POST /NAME streams the events in the file NAME."""
+    """POST /NAME streams the events in the file NAME; POST /NAME?yield=1 yields to the event loop before each."""
     import uvicorn
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import StreamingResponse
     from starlette.routing import Route
 
-    turns = "TURNS" in os.environ
     events = {path.name: re.findall(rb".*?\n\n", path.read_bytes(), re.DOTALL) for path in folder.iterdir()}
 
     async def stream(request: Request) -> StreamingResponse:
         await request.json()
+        yields = "yield" in request.query_params
 
         async def body() -> Any:
             for event in events[request.path_params["name"]]:
-                yield event
-                if turns:
+                if yields:
                     await asyncio.sleep(0)
+                yield event
 
         return StreamingResponse(body(), media_type="text/event-stream")
 
     app = Starlette(routes=[Route("/{name}", stream, methods=["POST"])])
-    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
+    with listen("127.0.0.1", 0) as listener:
         print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
         run_until_done(uvicorn.Server(uvicorn_config(app)).serve(sockets=[listener]))
 
@@ -195,12 +201,12 @@ def main() -> None:
         home, recorded = Path(folder) / "home", Path(folder) / "recorded"
         write_model_without_weights(home / "models" / "base")
         recorded.mkdir()
-        for lockstep in (True, False):
+        for lockstep in (False, True):
             table(home, recorded, arguments, lockstep=lockstep)
 
 
 def table(home: Path, recorded: Path, arguments: argparse.Namespace, *, lockstep: bool) -> None:
-    print(f"\nengine {'in lockstep' if lockstep else 'runs ahead'}; uvicorn {version('uvicorn')}")
+    print(f"\nThe engine {'goes in lockstep' if lockstep else 'runs ahead'}; {versions()}")
     print(
         f"{'':20} {'tokens/s':>9} {'bare':>9} {'ratio':>6} {'us/token':>12} {'bare':>9} {'ratio':>6} {'events/write':>12}"
     )
@@ -209,7 +215,10 @@ def table(home: Path, recorded: Path, arguments: argparse.Namespace, *, lockstep
         with bare_app(recorded) as bare:
             for endpoint in ENDPOINTS:
                 for num_streams in arguments.streams:
-                    row(endpoint, num_streams, ours, bare, recorded, arguments.rounds)
+                    name = f"{endpoint.name}-{num_streams}"
+                    path = f"/{name}?yield=1" if lockstep else f"/{name}"
+                    times = measure_rounds(endpoint, num_streams, (ours, bare), path, recorded / name, arguments.rounds)
+                    print_row(endpoint, num_streams, times)
 
 
 def body_for(endpoint: Endpoint, num_streams: int) -> bytes:
@@ -229,27 +238,52 @@ def record(url: str, folder: Path, streams: tuple[int, ...]) -> None:
             (folder / f"{endpoint.name}-{num_streams}").write_bytes(answer.content)
 
 
-def row(endpoint: Endpoint, num_streams: int, ours: Side, bare: Side, recorded: Path, rounds: int) -> None:
-    name = f"{endpoint.name}-{num_streams}"
-    whole = (recorded / name).read_bytes()
-    body = body_for(endpoint, num_streams)
-    times: list[tuple[float, ...]] = []
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Of one round, in seconds."""
+
+    wall: float
+    bare_wall: float
+    processor: float
+    bare_processor: float
+    events_per_write: float
+
+
+def measure_rounds(
+    endpoint: Endpoint, num_streams: int, sides: tuple[Side, Side], bare_path: str, recorded: Path, rounds: int
+) -> list[Times]:
+    whole, body = recorded.read_bytes(), body_for(endpoint, num_streams)
+    ours, bare = sides
+    num_events = whole.count(b"\n\n") * num_streams
+    times = []
     for _ in range(rounds):
-        seconds, worked, answers = measure(ours, endpoint.path, body, num_streams)
-        chunks = check(answers, whole)
-        bare_seconds, bare_worked, answers = measure(bare, f"/{name}", body, num_streams)
+        wall, processor, answers = measure(ours, endpoint.path, body, num_streams)
+        num_writes = check(answers, whole)
+        bare_wall, bare_processor, answers = measure(bare, bare_path, body, num_streams)
         check(answers, whole)
-        times.append((seconds, bare_seconds, bare_seconds / seconds, worked, bare_worked, bare_worked / worked))
-    wall, bare_wall, ratio, cpu, bare_cpu, cpu_ratio = (
-        statistics.median(column) for column in zip(*times, strict=True)
-    )
+        times.append(Times(wall, bare_wall, processor, bare_processor, num_events / num_writes))
+    return times
+
+
+def print_row(endpoint: Endpoint, num_streams: int, times: list[Times]) -> None:
     tokens = TOKENS // num_streams * num_streams
-    per_write = whole.count(b"\n\n") * num_streams / chunks
+
+    def middle(figure: Callable[[Times], float]) -> float:
+        return statistics.median(map(figure, times))
+
     print(
-        f"{endpoint.name:12} {num_streams:7} {tokens / wall:9.0f} {tokens / bare_wall:9.0f} {ratio:6.2f}"
-        f" {cpu / tokens * 1e6:12.1f} {bare_cpu / tokens * 1e6:9.1f} {cpu_ratio:6.2f} {per_write:12.1f}",
+        f"{endpoint.name:12} {num_streams:7}"
+        f" {tokens / middle(lambda t: t.wall):9.0f} {tokens / middle(lambda t: t.bare_wall):9.0f}"
+        f" {middle(lambda t: t.bare_wall / t.wall):6.2f}"
+        f" {middle(lambda t: t.processor) / tokens * 1e6:12.1f} {middle(lambda t: t.bare_processor) / tokens * 1e6:9.1f}"
+        f" {middle(lambda t: t.bare_processor / t.processor):6.2f} {middle(lambda t: t.events_per_write):12.1f}",
         flush=True,
     )
+
+
+def versions() -> str:
+    names = ("uvicorn", "starlette", "h11", "httptools", "uvloop")
+    return ", ".join(f"{name} {version(name)}" for name in names if find_spec(name) is not None)
 
 
 def check(answers: list[bytes], whole: bytes) -> int:

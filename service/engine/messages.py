@@ -165,7 +165,7 @@ class ModelUnloaded(Message, frozen=True):
     model_id: str
 
 
-class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+class Logprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Natural logarithms of the model's own distribution, before penalties, bias, masks and temperature."""
 
     logprob: float
@@ -177,7 +177,7 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True):
     """Of the token itself; 1 is the likeliest."""
 
 
-class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     request_id: str
     token_ids: tuple[int, ...]
     """New tokens of this step, an end-of-sequence token included. Empty while only prompt log probabilities come."""
@@ -208,7 +208,7 @@ class RequestTiming(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Bytes read by the decode steps this request took part in: weights once a step, plus the KV really read."""
 
 
-class StepStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class StepStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
     num_running: int
     num_waiting: int
     """Those that wait for weights or for a grammar included."""
@@ -230,7 +230,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Those among them that the cache had."""
 
 
-class StepOutput(Message, frozen=True):
+class StepOutput(Message, frozen=True, gc=False):
     """One message per engine step."""
 
     outputs: list[TokenOutput]
