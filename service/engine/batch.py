@@ -79,7 +79,8 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        return sum(chunk.end - chunk.start for chunk in self.chunks)
+        """Without padding."""
+        return len(self.chunks) if self.shape.tokens == 1 else sum(chunk.end - chunk.start for chunk in self.chunks)
 
 
 class Group(NamedTuple):

@@ -36,8 +36,11 @@ class TokenEdits:
 
     def __init__(self, sequence: Sequence) -> None:
         sampling = sequence.sampling
-        self._sampling = sampling
         self._is_counting = _counts_tokens(sampling)
+        self._repetition_penalty = sampling.repetition_penalty
+        self._presence_penalty = sampling.presence_penalty
+        self._frequency_penalty = sampling.frequency_penalty
+        self._min_tokens = sampling.min_tokens
         self._num_prompt_tokens = sequence.num_prompt_tokens
         self._num_counted = sequence.num_prompt_tokens
         prompt = sequence.token_ids[: sequence.num_prompt_tokens] if sampling.repetition_penalty != 1 else []
@@ -74,7 +77,7 @@ class TokenEdits:
 
     def bans(self, token_ids: list[int]) -> list[int]:
         """Where in the list the tokens are whose addend is BAN now."""
-        banned = self._ends if len(token_ids) - self._num_prompt_tokens < self._sampling.min_tokens else []
+        banned = self._ends if len(token_ids) - self._num_prompt_tokens < self._min_tokens else []
         words = self._bad_words.get(token_ids[-1]) if self._bad_words else None
         return (
             banned
@@ -83,11 +86,13 @@ class TokenEdits:
         )
 
     def _count(self, token_id: int) -> None:
-        sampling, place = self._sampling, self._place(token_id)
-        self._counts[place] += 1
-        penalty = sampling.presence_penalty + sampling.frequency_penalty * self._counts[place]
-        self._floats[1, place] = sampling.repetition_penalty
-        self._floats[2, place] = self._biases[place] - penalty
+        place = self._places.get(token_id)
+        if place is None:
+            place = self._place(token_id)
+        count = self._counts[place] + 1
+        self._counts[place] = count
+        self._floats[1, place] = self._repetition_penalty
+        self._floats[2, place] = self._biases[place] - self._presence_penalty - self._frequency_penalty * count
 
     def _add_bias(self, token_id: int, bias: float) -> None:
         place = self._place(token_id)
