@@ -38,7 +38,7 @@ def _object(rng: random.Random, depth: int, *, has_things: bool) -> dict[str, An
 
 
 def _list(rng: random.Random, depth: int, *, has_things: bool) -> dict[str, Any]:
-    low = rng.randint(0, 2)
+    low = rng.randint(0, 1)
     items = _value(rng, depth, has_things=has_things)
     return {"type": "array", "items": items, "minItems": low, "maxItems": low + rng.randint(0, 2)}
 
