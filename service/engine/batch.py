@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engine.blocks import blocks_for
-from service.engine.edits import BAN, TokenEdits
+from service.engine.edits import BAN, TokenEdits, Words
 from service.engine.logprobs import top_size
 from service.engine.random_numbers import uniforms
-from service.engine.rows import DRAWS, EDITS, GREEDY, LOGPROBS, MASK, MIN_P, Rows, Words
+from service.engine.rows import DRAWS, EDITS, GREEDY, LOGPROBS, MASK, MIN_P, Rows
 from service.engine.sampler import SamplingPlan
 from service.engine.sequence import Chunk
 from service.engine.words import Fields, Shape, padded_sizes, power_of_two, round_up

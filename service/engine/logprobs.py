@@ -21,11 +21,6 @@ TOP_SIZES = (0, 1, 5, 20)
 """How many of the likeliest tokens are computed, so that the shapes stay few."""
 
 
-def num_words(num_top: int) -> int:
-    """Of one token, packed."""
-    return 2 + 2 * num_top
-
-
 def top_size(num_top: int, vocab_size: int) -> int:
     """The smallest of TOP_SIZES that is enough."""
     return min(next((size for size in TOP_SIZES if size >= num_top), num_top), vocab_size)

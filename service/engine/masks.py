@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from service.engine.rows import Words
+from service.engine.edits import Words
 from service.engine.sequence import Matcher
 
 ALL = -1

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-from numpy.typing import NDArray
 
-from service.engine.edits import TokenEdits, needs_edits
+from service.engine.edits import TokenEdits, Words, needs_edits
 from service.engine.random_numbers import stream_key
 from service.engine.sampler import num_candidates
 from service.engine.sequence import Chunk, Sequence
-
-Words = NDArray[np.int32]
 
 GREEDY, DRAWS, MIN_P, EDITS, MASK, LOGPROBS = 1, 2, 4, 8, 16, 32
 """What a row asks of the sampler, as bits of `Rows.needs`."""

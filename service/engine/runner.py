@@ -24,10 +24,11 @@ from torch import Tensor
 from lm.cache import KVCache, PagedBatch
 from lm.model import CausalLM
 from service.engine.batch import Batch, Sizes, following_tokens, group, plan_batch
+from service.engine.edits import Words
 from service.engine.logprobs import pack_logprobs, pack_prompt_logprobs, unpack_logprobs
 from service.engine.masks import MaskFiller
 from service.engine.messages import Logprobs
-from service.engine.rows import Rows, Words
+from service.engine.rows import Rows
 from service.engine.sampler import MaskInputs, edit, mask, sample
 from service.engine.sequence import Chunk
 from service.engine.step_input import StepInput

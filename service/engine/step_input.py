@@ -11,8 +11,9 @@ from typing import Self
 from torch import Tensor
 
 from service.engine.batch import Batch, Sizes, write_words
+from service.engine.edits import Words
 from service.engine.masks import ALL, MaskFiller, MaskJob
-from service.engine.rows import Rows, Words, mask_words
+from service.engine.rows import Rows, mask_words
 from service.engine.words import Buffer, num_words
 
 

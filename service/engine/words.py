@@ -13,7 +13,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from service.engine.rows import Words
+from service.engine.edits import Words
 from service.engine.sampler import EditInputs, SamplingInputs
 
 ArrayT = TypeVar("ArrayT", Words, Tensor)
