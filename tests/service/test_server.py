@@ -112,6 +112,18 @@ def test_who_follows_a_job_is_let_go_at_once_and_without_an_error_in_the_log(tmp
     assert not [line for line in server.log if "ERROR" in line or "Traceback" in line]
 
 
+def test_a_key_from_the_environment_is_asked_for_and_shown_nowhere(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESERVE_API_KEYS", "sk-secret-1, sk-secret-2")
+    with running(home) as server:
+        assert httpx.get(f"{server.url}/v1/models").status_code == 401
+        good = {"Authorization": "Bearer sk-secret-2"}
+        assert httpx.get(f"{server.url}/v1/models", headers=good).status_code == 200
+        told = [httpx.get(f"{server.url}{path}").text for path in ("/health", "/metrics", "/openapi.json")]
+        environments = [(child / "environ").read_bytes().decode() for child in children(server)]
+    assert environments
+    assert not [text for text in (*told, *environments, *server.log) if "sk-secret" in text]
+
+
 def test_more_connections_fit_than_the_shell_allows_by_itself(home: Path) -> None:
     command = ("/bin/sh", "-c", 'ulimit -Sn 64; exec "$@"', "sh", *TUNESERVE)
     with running_server(home, "model=tiny", "dtype=fp32", "device=cpu", "num_threads=1", command=command) as server:
