@@ -6,10 +6,7 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
@@ -17,9 +14,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from service.engine.messages import EngineReady, FinishReason, RequestTiming, StepStats
 from service.histogram import Histogram
 from service.jobs.job import Status
+from service.rates import Rates
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-WINDOW_S = 10.0
 
 AbortCause = Literal["client", "engine", "shutdown", "error"]
 SwapResult = Literal["succeeded", "failed"]
@@ -52,30 +49,6 @@ IDLE = StepStats(
     decode_bytes=0,
     device_memory_bytes=0,
 )
-
-
-@dataclass(slots=True)
-class Rates:
-    """Work per second of work over the last seconds; 0 when there was none."""
-
-    clock: Callable[[], float] = time.monotonic
-    samples: deque[tuple[float, float, float]] = field(default_factory=deque)
-    """(when, amount, seconds it took)"""
-
-    def add(self, amount: float, seconds: float) -> None:
-        if seconds > 0:
-            now = self.clock()
-            self.samples.append((now, amount, seconds))
-            self._forget(now)
-
-    def rate(self) -> float:
-        self._forget(self.clock())
-        seconds = sum(sample[2] for sample in self.samples)
-        return sum(sample[1] for sample in self.samples) / seconds if seconds else 0.0
-
-    def _forget(self, now: float) -> None:
-        while self.samples and self.samples[0][0] < now - WINDOW_S:
-            self.samples.popleft()
 
 
 class Metrics:

@@ -6,7 +6,8 @@ import pytest
 from msgspec.structs import replace
 
 from service.engine.messages import RequestTiming, StepStats
-from service.metrics import WINDOW_S, AbortCause, Metrics, Rates
+from service.metrics import AbortCause, Metrics
+from service.rates import WINDOW_S, Rates
 from tests.support.scripted_engine import READY
 
 LABELS = {"model_name": "m", "engine": "0"}
