@@ -175,7 +175,8 @@ def _serve(engine: EchoEngine, channel: Channel) -> None:
             if events := engine.handle(command):
                 channel.send(events)
         if engine.running:
-            time.sleep(step_s)
+            if step_s:  # sleeping for nothing takes time, too
+                time.sleep(step_s)
             is_open = channel.send([engine.step()])
 
 
