@@ -142,7 +142,7 @@ async def _encode(codec: Codec, prompt: Prompt, param: str, *, add_special_token
 def _limit(num_prompt: int, max_tokens: int | None, default: int | None, context: int, param: str) -> int:
     """How many tokens are generated at most. Raises ApiError when prompt and answer do not fit into the context."""
     room = context - num_prompt
-    if room < 1:
+    if room < (0 if max_tokens == 0 else 1):
         raise ApiError(
             400,
             f"{param}: it has {num_prompt} tokens, and prompt and answer together may have {context}: shorten it",

@@ -110,6 +110,11 @@ def test_a_prompt_as_long_as_lm_evals_longest_is_taken(api: Api) -> None:
     assert len(found["logprobs"]["tokens"]) == CONTEXT
 
 
+def test_a_prompt_that_fills_the_context_is_scored_where_nothing_is_generated(api: Api) -> None:
+    found = choice(api, prompt=[5] * CONTEXT, max_tokens=0, logprobs=1, echo=True)
+    assert len(found["logprobs"]["token_logprobs"]) == CONTEXT
+
+
 def test_echo_alone_asks_the_engine_for_no_log_probabilities(api: Api) -> None:
     choice(api, prompt="hi", echo=True)
     sampling = api.engine.received[-1].sampling
