@@ -164,7 +164,7 @@ def test_without_alternatives_logprobs_are_of_the_tokens_alone(api: Api) -> None
      ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", "one of the two"),
      ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "messages"),
      ({"best_of": 2}, "best_of", "unknown field"),
-     ({"echo": True}, "echo", "unknown field")],
+     ({"echo": True}, "echo", "other values than null or false")],
 )  # fmt: skip
 def test_what_a_chat_cannot_do_is_told(api: Api, body: dict[str, Any], param: str, words: str) -> None:
     answer = api.post(PATH, {"messages": HI, **body})
