@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from lm.device import choose_dtype
 from tests.proof.conftest import IDENTITY
 from tests.support.server import TUNESERVE
 from tests.support.torchtune_home import DATA, seed_yaml
@@ -51,13 +53,20 @@ def test_the_seeds_configuration_trains_and_generates_on_the_real_model(
     smollm2: Path, tmp_path: Path, figure: Callable[[str, object], None]
 ) -> None:
     config = write_config(tmp_path, smollm2)
-    taken = ["device=cpu", "epochs=1", f"max_steps_per_epoch={STEPS}"]
+    fast = f"dtype={choose_dtype('auto', torch.device('cpu')).name}"  # the file's bf16 outlasts a test without its instructions
+    taken = ["device=cpu", fast, "epochs=1", f"max_steps_per_epoch={STEPS}"]
     run = tuneserve(tmp_path, "run", "full_finetune_single_device", "--config", str(config), *taken)
     losses = [float(loss) for loss in re.findall(r"\|Loss: (\d+\.\d{5}):", run.stderr)]
     assert sum(losses[-4:]) < sum(losses[:4])
     figure("torchtune's YAML on SmolLM2, loss of the first and the last step", [losses[0], losses[-1]])
     checkpoint = Path(run.stdout.splitlines()[-1])
-    asked = [f"checkpointer.checkpoint_dir={checkpoint}", "device=cpu", f"max_new_tokens={NUM_TOKENS}", "temperature=0"]
+    asked = [
+        f"checkpointer.checkpoint_dir={checkpoint}",
+        "device=cpu",
+        fast,
+        f"max_new_tokens={NUM_TOKENS}",
+        "temperature=0",
+    ]
     done = tuneserve(tmp_path, "run", "generate", "--config", str(config), *asked)
     figure("tuneserve generate on SmolLM2", repr(done.stdout))
     for name in FIGURES:
