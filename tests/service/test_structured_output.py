@@ -95,19 +95,53 @@ def test_no_property_is_added_to_those_that_a_schema_lists(answers: Answers) -> 
 
 
 @pytest.mark.parametrize(
-    "schema",
+    ("schema", "text"),
     [
-        {"type": "object", "properties": {"a": {"const": 1}}, "required": ["b"]},
-        {"type": "object", "properties": {"a": {"const": 1}}, "additionalProperties": {"const": 2}},
-        {"allOf": [{"properties": {"a": {"const": 1}}}, {"properties": {"b": {"const": 2}}, "required": ["a", "b"]}]},
-        {"type": "object", "properties": {"a": {"const": 1}}, "anyOf": [{"required": ["c"]}, {"required": ["d"]}]},
-        {"properties": {"a": {"const": 1}}, "required": ["a"], "anyOf": [{"properties": {"b": {}}, "required": ["b"]}]},
-        {"$defs": {"b": {"properties": {"b": {}}}}, "$ref": "#/$defs/b", "properties": {"a": {}}, "required": ["a"]},
-        {"type": "object", "properties": {"properties": {"const": 1}}, "required": ["properties"]},
+        ({"type": "object", "properties": {"a": {"const": 1}}, "required": ["b"]}, '{"a": 1, "b": 0}'),
+        (
+            {"type": "object", "properties": {"a": {"const": 1}}, "additionalProperties": {"const": 2}},
+            '{"a": 1, "z": 2}',
+        ),
+        (
+            {
+                "allOf": [
+                    {"properties": {"a": {"const": 1}}},
+                    {"properties": {"b": {"const": 2}}, "required": ["a", "b"]},
+                ]
+            },
+            '{"a": 1, "b": 2}',
+        ),
+        (
+            {"type": "object", "properties": {"a": {"const": 1}}, "anyOf": [{"required": ["c"]}, {"required": ["d"]}]},
+            '{"a": 1, "d": 0}',
+        ),
+        (
+            {
+                "properties": {"a": {"const": 1}},
+                "required": ["a"],
+                "anyOf": [{"properties": {"b": {}}, "required": ["b"]}],
+            },
+            '{"a": 1, "b": 0}',
+        ),
+        (
+            {
+                "$defs": {"b": {"properties": {"b": {}}}},
+                "$ref": "#/$defs/b",
+                "properties": {"a": {}},
+                "required": ["a"],
+            },
+            '{"b": 0, "a": 1}',
+        ),
+        (
+            {"type": "object", "properties": {"properties": {"const": 1}}, "required": ["properties"]},
+            '{"properties": 1}',
+        ),
     ],
 )
-def test_a_schema_that_asks_for_others_stays_open(answers: Answers, schema: Any) -> None:
-    answers.matcher(json_schema(schema, param=PARAM))
+def test_a_schema_that_asks_for_others_stays_open(answers: Answers, schema: Any, text: str) -> None:
+    jsonschema.validate(json.loads(text), schema)
+    matcher = answers.matcher(json_schema(schema, param=PARAM))
+    assert all(map(matcher.accept, answers.tokenizer.encode(text)))
 
 
 def test_a_schema_may_be_text_or_true(answers: Answers) -> None:
