@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from service.database import Database
@@ -56,6 +57,16 @@ def api(shared_api: Api) -> Api:
     engine.received.clear()
     shared_api.says("Hello there.")
     return shared_api
+
+
+@pytest.fixture
+def roomy_api(api: Api) -> Iterator[Api]:
+    """With a context that holds the description of tools."""
+    usual = api.engine.ready
+    assert usual is not None
+    api.engine.ready = msgspec.structs.replace(usual, max_model_len=4096)
+    yield api
+    api.engine.ready = usual
 
 
 @pytest.fixture

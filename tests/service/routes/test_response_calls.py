@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 import openai
 import pytest
 
 from tests.support.api import Api
 from tests.support.responses import PATH, WEATHER, events, prompt_text
-from tests.support.scripted_engine import READY
 
 CALLS = """Let me look.
 <tool_call>
@@ -21,14 +18,6 @@ CALLS = """Let me look.
 <tool_call>
 {"name": "weather", "arguments": {"city": "Rom"}}
 </tool_call>"""
-
-
-@pytest.fixture
-def roomy_api(api: Api) -> Iterator[Api]:
-    """With room for a prompt that tells of tools."""
-    usual, api.engine.ready = api.engine.ready, msgspec.structs.replace(READY, max_model_len=4096)
-    yield api
-    api.engine.ready = usual
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 import pytest
 
 from tests.support.api import Api
-from tests.support.scripted_engine import READY
 
 HI = [{"role": "user", "content": "hi"}]
 ENDPOINTS: dict[str, dict[str, Any]] = {
@@ -24,11 +21,8 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA
 
 
 @pytest.fixture
-def api(api: Api) -> Iterator[Api]:
-    """With a context that holds the description of tools."""
-    api.engine.ready = msgspec.structs.replace(READY, max_model_len=4096)
-    yield api
-    api.engine.ready = READY
+def api(roomy_api: Api) -> Api:
+    return roomy_api
 
 
 @pytest.fixture(params=ENDPOINTS)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 import pytest
 
 from tests.support.api import Api
-from tests.support.scripted_engine import READY
 
 HI = [{"role": "user", "content": "Weather in Delft?"}]
 PATHS = ("/v1/chat/completions", "/generate")
@@ -21,11 +18,8 @@ NAMED = {"type": "function", "function": {"name": "weather"}}
 
 
 @pytest.fixture
-def api(api: Api) -> Iterator[Api]:
-    """With a context that holds the description of tools."""
-    api.engine.ready = msgspec.structs.replace(READY, max_model_len=4096)
-    yield api
-    api.engine.ready = READY
+def api(roomy_api: Api) -> Api:
+    return roomy_api
 
 
 @pytest.fixture(params=PATHS)
