@@ -10,7 +10,7 @@ from pydantic import PlainValidator, SecretStr
 from pydantic_core import PydanticCustomError
 
 from lm.errors import UserError
-from trainer.config import SECRET
+from trainer.strict import SECRET
 
 KEY = re.compile(r"[A-Za-z0-9._~+/=:@!#$%^&*|-]{1,512}")
 ALLOWED = "a key has 1 to 512 letters, digits and signs among . _ ~ + / = : @ ! # $ % ^ & * | -"

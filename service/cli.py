@@ -21,7 +21,7 @@ from service.run_config import plan_generation, print_notes
 from service.server import serve
 from service.settings import PREFIX, SECRETS, Settings, load_settings
 from service.shipped import find_config
-from trainer.config import ConfigLoader
+from trainer.strict import ConfigLoader
 from trainer.torchtune import GENERATE, RECIPES
 
 USER_ERROR = 2

@@ -12,7 +12,8 @@ from lm.folder import user_path
 from service.run_config import find_checkpoint, read_file, translate_here
 from service.settings import Settings
 from service.shipped import find_config, stock_configs
-from trainer.config import RunConfig, parse_options
+from trainer.config import RunConfig
+from trainer.strict import parse_options
 from trainer.torchtune import GENERATE, RECIPES, is_torchtune, translate
 
 SERVE = "serve"

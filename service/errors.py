@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from lm.errors import NotFoundError, UserError
-from trainer.config import known_fields
+from trainer.strict import known_fields
 
 logger = logging.getLogger(__name__)
 

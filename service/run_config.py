@@ -14,7 +14,8 @@ from lm.folder import user_path
 from lm.layout import is_model_folder
 from service.settings import load_settings
 from service.shipped import find_config, find_data
-from trainer.config import RunConfig, parse_options
+from trainer.config import RunConfig
+from trainer.strict import parse_options
 from trainer.torchtune import RECIPES, Translation, apply_overrides, compare, is_torchtune, parse_yaml, translate
 from trainer.torchtune.generation import GenerationConfig
 
@@ -59,7 +60,7 @@ def _own_run(data: dict[str, Any], recipe: str) -> PlannedRun:
     changes = {
         "model": str(settings.model_dir),
         "model_name": config.model_name or settings.model_name,
-        "data_files": tuple(str(find_data(name)) for name in config.data_files),
+        "data_files": tuple(str(find_data(name)) for name in config.data_files or ()),
     }
     return PlannedRun(config=config.model_copy(update=changes), output_dir=output_dir, is_torchtune=False)
 

@@ -16,7 +16,7 @@ from lm.folder import user_path
 from lm.layout import is_model_folder
 from service.api_keys import ApiKeys, read_key_file
 from service.database import registered_folder
-from trainer.config import ConfigLoader, Strict, parse_options, read_config
+from trainer.strict import ConfigLoader, Strict, parse_options, read_config
 
 PREFIX = "TUNESERVE_"
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)

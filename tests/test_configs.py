@@ -15,8 +15,9 @@ from lm.model import build_model
 from lm.ops import REFERENCE
 from service.shipped import find_config
 from tests.support.model_shapes import SHAPES, Shape
-from trainer.config import RunConfig, load_run_config, parse_options, read_config
+from trainer.config import RunConfig, load_run_config
 from trainer.publish import lora_spec
+from trainer.strict import parse_options, read_config
 from trainer.torchtune import translate
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -44,7 +44,7 @@ def test_the_demo_asks_questions_that_are_not_in_the_data_word_for_word(identity
 def test_a_stock_recipe_is_valid_and_its_data_are_there(name: str, recipe: str) -> None:
     config = load_run_config(find_config(name))
     assert config.recipe == recipe
-    assert [find_data(file) for file in config.data_files] == [demo.DATA]
+    assert [find_data(file) for file in (config.data_files or ())] == [demo.DATA]
 
 
 def test_the_stock_settings_are_those_of_a_service_without_a_config() -> None:

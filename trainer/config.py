@@ -1,103 +1,45 @@
 """The configuration of one run: what `config.yaml` in a run folder and POST /finetune say. Torch-free.
 
-Every option is validated and documented here, and nowhere else. HTTP and the command line accept the same fields.
+Every option is validated and documented here or in option_groups.py, and nowhere else. HTTP and the command line accept
+the same fields.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    ValidationError,
-    field_validator,
-    model_validator,
+from pydantic import Field, field_validator, model_validator
+
+from trainer.data.options import DataFormat, ReadOptions, Role, Source
+from trainer.option_groups import (
+    Affixes,
+    DatasetConfig,
+    DpoConfig,
+    LoraConfig,
+    Optimizer,
+    OptimizerConfig,
+    TrackingConfig,
+    is_a_split,
+    known_columns,
 )
-from pydantic_core import CoreSchema
+from trainer.strict import Strict, parse_options, read_config
 
-from lm.errors import UserError
-from trainer.data.options import COLUMN_NAMES, DataFormat, ReadOptions, Role, Source
-from trainer.data.split import parse_split
-
-Recipe = Literal["full", "lora"]
-OptionsT = TypeVar("OptionsT", bound=BaseModel)
-
-LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Recipe = Literal["full", "lora", "dpo"]
+Masking = Literal["assistant", "last", "all"]
+Truncation = Literal["right", "left", "split"]
 
 DEFAULT_EPOCHS = 3
 DEFAULT_MIN_STEPS = 48
-DEFAULT_LEARNING_RATE: dict[Recipe, float] = {"full": 1e-4, "lora": 5e-4}
-
-
-MAX_FIELDS = 256
-SECRET = "secret"
-"""Type of the mistakes in a field whose value no message shows."""
-
-
-def _fail_fast(schema: Any) -> None:
-    for node in schema if isinstance(schema, list) else schema.values() if isinstance(schema, dict) else ():
-        _fail_fast(node)
-    if isinstance(schema, dict) and schema.get("type") in ("list", "tuple"):
-        schema["fail_fast"] = True
-
-
-class Strict(BaseModel):
-    """No unknown field is dropped in silence, and nothing is converted: "4" and true are no numbers."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """A list is left at its first mistake: only one is told, and millions would take minutes to collect."""
-        schema = handler(source)
-        _fail_fast(schema)
-        return schema
-
-    @model_validator(mode="before")
-    @classmethod
-    def _few_fields(cls, data: Any) -> Any:
-        if isinstance(data, dict) and len(data) > MAX_FIELDS:
-            raise ValueError(f"one object has at most {MAX_FIELDS} fields, not {len(data)}")
-        return data
-
-
-Affixes = Annotated[tuple[str, str], Field(strict=False)]
-"""Text before and after."""
-
-
-class LoraConfig(Strict):
-    rank: Annotated[int, Field(ge=1, le=512)] = 8
-    """Inner dimension of the low-rank update."""
-    alpha: Annotated[float, Field(gt=0, le=4096)] = 16.0
-    """The update is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the input of the update while training."""
-    target_modules: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = LINEAR_LAYERS
-    """Which linear layers get an update: names among q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
-
-    @model_validator(mode="after")
-    def _known_targets(self) -> LoraConfig:
-        unknown = sorted(set(self.target_modules) - set(LINEAR_LAYERS))
-        if unknown:
-            raise ValueError(f"unknown target_modules {unknown}: choose among {list(LINEAR_LAYERS)}")
-        return self
+DEFAULT_LEARNING_RATE = {"full": 1e-4, "lora": 5e-4, "dpo of full": 1e-6, "dpo of lora": 5e-5}
 
 
 class TrainingOptions(Strict):
     """What a user may choose about a run, whatever way it is started."""
 
     recipe: Recipe = "lora"
-    """`lora` trains a small adapter, `full` every weight."""
+    """`lora` trains a small adapter, `full` every weight; `dpo` learns from pairs of a preferred and a rejected answer."""
     epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
     """Passes over the dataset. Default: 3, or as many as 48 steps take, since few records need more passes."""
     batch_size: Annotated[int, Field(ge=1, le=1024)] = 4
@@ -107,21 +49,32 @@ class TrainingOptions(Strict):
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Stop after this many optimizer steps, whatever `epochs` says."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Peak learning rate. Default: 5e-4 for lora, 1e-4 for full."""
+    """Peak learning rate. Default: 5e-4 for lora, 1e-4 for full; for dpo 5e-5 with an adapter, 1e-6 without."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the rate rises linearly; after that it goes as `lr_schedule` says."""
     warmup_steps: Annotated[int, Field(ge=0, le=1_000_000_000)] | None = None
     """The same as a number of steps, in place of `warmup_ratio`. In a run that has fewer, the rate only rises."""
-    lr_schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up the rate falls along a `cosine` to 0, or stays `constant`."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """After the warm-up the rate falls along a `cosine` or a `linear` line to 0, or stays `constant`."""
+    optimizer: Optimizer = OptimizerConfig()
+    """A name (adamw, adamw_8bit, sgd, adafactor), or an object with the name and its numbers."""
+    optimizer_in_backward: bool = False
+    """Update each weight as soon as its gradient is there, and free the gradient: less memory. Not with
+    gradient_accumulation_steps above 1, and `max_grad_norm` must be null."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """AdamW's decoupled decay, on matrices only: norms and biases are left out."""
+    """Decoupled decay, on matrices only: norms and biases are left out."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are scaled down to this global norm; null switches it off."""
     max_seq_len: Annotated[int, Field(ge=8, le=1_048_576)] = 1024
     """Longer records are cut at this many tokens, or at the model's context, and counted in the dataset report."""
+    truncation: Truncation = "right"
+    """Which end of a longer record goes: its last tokens (`right`) or its first ones (`left`). `split` makes several
+    records of it, which is for plain text."""
+    masking: Masking = "assistant"
+    """Which tokens are trained: every answer of the `assistant`, the `last` one, or `all`, prompts included. A message's
+    own `weight` of 0 takes an answer out."""
     train_on_input: bool = False
-    """Train on the prompt as well as on the answer."""
+    """The same as masking: all."""
     source: Source = "auto"
     """What the data files are: `json` (a list, or JSONL: a record a line), `csv` (with a header), `parquet`, or `text`,
     where each line that is not blank is a record. `auto` goes by the file's ending, else by its content."""
@@ -144,14 +97,36 @@ class TrainingOptions(Strict):
     """Put several records into one row of `max_seq_len` tokens. None sees another, so only the padding goes away; a
     batch then has `batch_size` rows."""
     validation_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Share of the records that is held out; its loss is measured at every checkpoint."""
+    """Share of the records that is held out. They are measured every `validate_every_n_steps`, at every checkpoint and at
+    the end: loss, perplexity, accuracy of the tokens."""
+    validate_every_n_steps: Annotated[int, Field(ge=1)] | None = None
+    """Measure the held-out records every so many steps too. Default: at checkpoints and at the end."""
+    early_stopping_patience: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """End the run after so many validations in a row without a lower loss."""
+    early_stopping_min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """What counts as lower: by more than this."""
+    sample_prompts: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=10_000)], ...], Field(max_length=8, strict=False)
+    ] = ()
+    """Prompts of a user that the model answers, greedily, at every validation or checkpoint; the answers are kept."""
+    sample_max_tokens: Annotated[int, Field(ge=1, le=512)] = 64
+    """Tokens of such an answer, at most."""
     save_every_n_steps: Annotated[int, Field(ge=1)] | None = None
     """Publish a checkpoint every so many steps, besides the final one. Default: at the end of each epoch, or three times
     in a run whose `epochs` are not given."""
+    keep_last_n_checkpoints: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """Remove older checkpoints as new ones appear. The one with the lowest validation loss, the last one, and what is or
+    was served stay. Default: all stay."""
     lora: LoraConfig = LoraConfig()
-    """Used by the lora recipe only."""
+    """Used by the lora recipe, and by dpo with an adapter."""
+    dpo: DpoConfig = DpoConfig()
+    """Used by the dpo recipe only."""
     enable_activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
+    activation_checkpointing_interval: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Recompute only every so many-th layer: 2 saves half of the memory for half of the time."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where the figures of a run go besides its own files."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Compute precision. bf16 keeps fp32 master weights. `auto` is bf16 where the device is fast at it."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|(cuda|npu)(:\d+)?)$")] = "auto"
@@ -159,26 +134,33 @@ class TrainingOptions(Strict):
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Seeds the shuffle, dropout and LoRA's initial weights."""
 
-    @field_validator("column_map")
-    @classmethod
-    def _known_columns(cls, value: dict[str, str] | None) -> dict[str, str] | None:
-        unknown = sorted(set(value or {}) - set(COLUMN_NAMES))
-        if unknown:
-            raise ValueError(f"unknown column {unknown[0]!r:.80}: it maps a name among {', '.join(COLUMN_NAMES)}")
-        return value
+    _known_columns = field_validator("column_map")(known_columns)
+    _is_a_split = field_validator("split")(is_a_split)
 
-    @field_validator("split")
-    @classmethod
-    def _is_a_split(cls, value: str) -> str:
-        try:
-            parse_split(value)
-        except UserError as error:
-            raise ValueError(str(error).removeprefix("split: ")) from error
-        return value
+    @model_validator(mode="after")
+    def _fit_together(self) -> TrainingOptions:
+        if self.train_on_input and self.masking == "last":
+            raise ValueError("train_on_input and masking: last say two things; remove one")
+        if self.optimizer_in_backward and self.gradient_accumulation_steps > 1:
+            raise ValueError("optimizer_in_backward needs gradient_accumulation_steps: 1, since no gradient is kept")
+        if self.optimizer_in_backward and self.max_grad_norm is not None:
+            raise ValueError("optimizer_in_backward needs max_grad_norm: null, since the norm is known too late")
+        return self
 
     @property
     def peak_learning_rate(self) -> float:
-        return DEFAULT_LEARNING_RATE[self.recipe] if self.learning_rate is None else self.learning_rate
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return DEFAULT_LEARNING_RATE[f"dpo of {self.dpo.update}" if self.recipe == "dpo" else self.recipe]
+
+    @property
+    def trains_adapter(self) -> bool:
+        return self.recipe == "lora" or (self.recipe == "dpo" and self.dpo.update == "lora")
+
+    @property
+    def trained_on(self) -> Masking:
+        """`masking`, or what `train_on_input` says about it."""
+        return "all" if self.train_on_input else self.masking
 
     @property
     def reading(self) -> ReadOptions:
@@ -201,85 +183,41 @@ class RunConfig(TrainingOptions):
 
     model: str
     """Folder of the base model in Hugging Face format."""
-    data_files: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
-    """JSON, JSONL, CSV, Parquet or text files, as `source` and `data_format` say; records follow each other in this order."""
+    data_files: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None = None
+    """JSON, JSONL, CSV, Parquet or text files, as `source` and `data_format` say; records follow each other in this
+    order."""
+    datasets: Annotated[tuple[DatasetConfig, ...], Field(min_length=1, max_length=64, strict=False)] | None = None
+    """In place of data_files: several datasets, each with its own way of reading and its weight."""
+    validation: DatasetConfig | None = None
+    """Records that are held out, in place of `validation_split`."""
+    start_adapter: str | None = None
+    """Folder of an adapter on `model` to begin with: an adapter is trained further, `full` merges it first."""
+    merge_start: bool = False
+    """Where an adapter is trained: merge `start_adapter` first and train a new one, for the merged model in `base/`."""
+    num_threads: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """CPU threads of the computation. Default: all cores."""
+    memory_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the device's memory that the run may take, where others use the device too. Default: all."""
     tokenizer_file: str | None = None
     """The tokenizer.json or tokenizer.model to use, and to put into the checkpoints. Default: the model's own."""
     model_name: str | None = None
     """The base model's public name, written into the adapter. Default: the folder."""
 
+    @model_validator(mode="after")
+    def _has_data(self) -> RunConfig:
+        if (self.data_files is None) == (self.datasets is None):
+            raise ValueError("data_files: give the files to train on, or datasets; exactly one of the two")
+        if self.validation is not None and self.validation_split > 0:
+            raise ValueError("validation and validation_split say two things; remove one")
+        if self.merge_start and self.start_adapter is None:
+            raise ValueError("merge_start needs start_adapter")
+        return self
 
-class ConfigLoader(yaml.SafeLoader):
-    """YAML as its readers expect it: 1e-3 is a number, though YAML 1.1 wants 1.0e-3."""
-
-
-ConfigLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+    @property
+    def training_sets(self) -> tuple[DatasetConfig, ...]:
+        return self.datasets or (DatasetConfig(data_files=self.data_files),)
 
 
 def load_run_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
     """Read a YAML file, with dotted overrides such as {"lora.rank": 16}. Raises UserError naming the field."""
     return parse_options(RunConfig, read_config(path, overrides))
-
-
-def read_config(path: Path, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What a YAML file says, with dotted overrides, not validated. Raises UserError for a file that says nothing clear."""
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=ConfigLoader)
-    except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
-    data = {} if data is None else data
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise UserError(f"{path} must hold a mapping from the names of options to their values")
-    for key, value in (overrides or {}).items():
-        _set(data, key, value)
-    return data
-
-
-def parse_options(model: type[OptionsT], data: dict[str, Any]) -> OptionsT:
-    """Validate `data` as `model`. Raises UserError with the first mistake: the field, its value and what is allowed."""
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        raise UserError(explain(error, model), param=dotted(error.errors()[0]["loc"])) from error
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first mistake of a validation, for people: `learning_rate: input should be greater than 0 (got -1.0)`."""
-    first = error.errors()[0]
-    field = dotted(first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"{field}: unknown field; {known_fields(model, first['loc'])}"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    if first["type"] == "missing":
-        return f"{field}: this field is required"
-    return f"{field}: {message}" + ("" if first["type"] == SECRET else f" (got {first['input']!r:.200})")
-
-
-def known_fields(model: type[BaseModel], location: tuple[str | int, ...]) -> str:
-    """What may stand where an unknown field stood: the nearest name first, then all of them."""
-    for part in location[:-1]:
-        field = model.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return "remove it"
-        model = field.annotation
-    names = list(model.model_fields)
-    near = difflib.get_close_matches(str(location[-1]), names, n=1)
-    return (f"did you mean {near[0]}? " if near else "") + f"known are {', '.join(names)}"
-
-
-def dotted(location: tuple[str | int, ...]) -> str:
-    return ".".join(str(part) for part in location)
-
-
-def _set(data: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        data = data.setdefault(parent, {})
-        if not isinstance(data, dict):
-            raise UserError(f"{key}: {parent} is not a group of options", param=key)
-    data[last] = value

@@ -34,7 +34,7 @@ def prepare_data(
     """Raises UserError for a mistake in the data, which names the record, and what `check_cancelled` raises."""
 
     def records() -> Iterator[Record]:
-        for name in config.data_files:
+        for name in data_files(config):
             for record in read_records(Path(name), options=config.reading):
                 check_cancelled()
                 yield record
@@ -53,6 +53,10 @@ def prepare_data(
     return RunData(rows, dataset.validation)
 
 
+def data_files(config: RunConfig) -> list[str]:
+    return [name for dataset in config.training_sets for name in dataset.data_files or ()]
+
+
 def _load_template(config: RunConfig) -> ChatTemplate:
     base = Path(config.model)
     file = None if config.tokenizer_file is None else Path(config.tokenizer_file)
@@ -64,7 +68,7 @@ def _load_template(config: RunConfig) -> ChatTemplate:
 
 def _report(config: RunConfig, dataset: Dataset, num_rows: int, max_seq_len: int, progress: Progress) -> None:
     report = dataset.report()
-    sources = Counter(find_source(Path(name), name, config.reading) for name in config.data_files)
+    sources = Counter(find_source(Path(name), name, config.reading) for name in data_files(config))
     log.info(f"Data files: {', '.join(f'{count} of {source}' for source, count in sources.items())}.")
     how = "by their columns" if config.data_format == "auto" else "as data_format says"
     log.info(f"Data: {', '.join(f'{count} records of {name}' for name, count in dataset.formats.items())}, {how}.")

@@ -13,13 +13,14 @@ def learning_rate(
     peak: float,
     warmup_ratio: float,
     warmup_steps: int | None = None,
-    schedule: Literal["cosine", "constant"] = "cosine",
+    schedule: Literal["cosine", "linear", "constant"] = "cosine",
 ) -> float:
-    """The rate of optimizer step `step`, counted from 1: up along a line to `peak`, then down along a cosine to 0, or
-    constant.
+    """The rate of optimizer step `step`, counted from 1: up along a line to `peak`, then down to 0 along a cosine or
+    a line, or constant.
 
     `warmup_steps` goes before `warmup_ratio`. The first step already learns (peak / warm-up steps, not 0), and 0 would
-    be reached one step after the last. Behind the warm-up the cosine is that of torchtune and transformers.
+    be reached one step after the last. Behind the warm-up the cosine is that of torchtune and transformers,
+    and the line that of transformers.
     """
     warmup = math.ceil(warmup_ratio * total_steps) if warmup_steps is None else warmup_steps
     if step <= warmup:
@@ -27,4 +28,6 @@ def learning_rate(
     if schedule == "constant":
         return peak
     progress = (step - 1 - warmup) / (total_steps - warmup)
+    if schedule == "linear":
+        return peak * (1 - progress)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))

@@ -17,8 +17,9 @@ from pydantic import (
 
 from service.jobs.job import Job, Promote, Status
 from service.schemas.answers import Answer
-from trainer.config import Recipe, Strict, TrainingOptions
+from trainer.config import Recipe, TrainingOptions
 from trainer.data.options import Source
+from trainer.strict import Strict
 
 MAX_INLINE_RECORDS = 10_000
 MAX_DATA_FILES = 1000

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from service.schemas.answers import Answer
-from trainer.config import Strict
+from trainer.strict import Strict
 
 MAX_NAME = 96
 """Characters of a model's name, which is part of the ids of what is fine-tuned from it."""

@@ -25,7 +25,7 @@ from service.schemas.fields import (
 )
 from service.schemas.messages import MAX_TOOLS, Message, Tool, ToolChoice
 from service.schemas.structured import ResponseFormat, StructuredOutputs
-from trainer.config import Strict
+from trainer.strict import Strict
 
 INT64 = 2**63
 

@@ -10,7 +10,7 @@ from pydantic_core import CoreSchema
 
 from service.schemas.fields import Only
 from service.schemas.messages import NAME_PATTERN
-from trainer.config import Strict
+from trainer.strict import Strict
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 

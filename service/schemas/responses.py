@@ -18,7 +18,7 @@ from service.schemas.fields import MaxTokens, NumLogprobs, Only
 from service.schemas.messages import CHOICES, MAX_TOOLS, Function
 from service.schemas.requests import BaseSampling
 from service.schemas.response_items import Input
-from trainer.config import Strict
+from trainer.strict import Strict
 
 NOTHING_STORED = "nothing is stored here: send the whole conversation in input"
 LOGPROBS = "message.output_text.logprobs"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.config import Strict
+from trainer.strict import Strict
 
 MAX_CHOICES = 1024
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from service.schemas.answers import Answer
 from service.schemas.fields import Only, TokenId
 from service.schemas.requests import Conversation
-from trainer.config import Strict
+from trainer.strict import Strict
 
 MAX_TEXT_CHARS = 4 << 20
 """Seconds of work for some tokenizers."""

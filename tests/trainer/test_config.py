@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from lm.errors import UserError
-from trainer.config import RunConfig, TrainingOptions, load_run_config, parse_options
+from trainer.config import RunConfig, TrainingOptions, load_run_config
+from trainer.strict import parse_options
 
 
 def test_only_the_model_and_the_data_are_required() -> None:
@@ -27,7 +28,7 @@ def test_few_records_are_passed_over_more_often_unless_epochs_are_given() -> Non
     [
         ({"learning_rate": -1.0}, "learning_rate", ["greater than 0", "-1.0"]),
         ({"learning_rate": float("nan")}, "learning_rate", ["finite"]),
-        ({"recipe": "dpo"}, "recipe", ["'full'", "'lora'", "dpo"]),
+        ({"recipe": "ppo"}, "recipe", ["'full'", "'lora'", "ppo"]),
         ({"lora": {"rank": 0}}, "lora.rank", ["greater than or equal to 1", "0"]),
         ({"lora": {"target_modules": ["w1"]}}, "lora", ["w1", "q_proj"]),
         ({"epoch": 3}, "epoch", ["unknown field", "epochs"]),

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.config import Strict
+from trainer.strict import Strict
 
 
 class GenerationConfig(Strict):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm.errors import UserError
-from trainer.config import LINEAR_LAYERS
+from trainer.option_groups import LINEAR_LAYERS
 from trainer.torchtune.fields import Collected, component_of, nearest, text_at, texts_at
 from trainer.torchtune.keys import PROMPT, by_name
 from trainer.torchtune.models import BUILDERS, CHECKPOINT_TYPES

@@ -9,7 +9,7 @@ import yaml
 from yaml.nodes import MappingNode
 
 from lm.errors import UserError
-from trainer.config import ConfigLoader
+from trainer.strict import ConfigLoader
 
 MAX_CHARACTERS = 64 << 10
 MAX_DEPTH = 20

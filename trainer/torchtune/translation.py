@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm.errors import UserError
-from trainer.config import Recipe, TrainingOptions, parse_options
+from trainer.config import Recipe, TrainingOptions
+from trainer.strict import parse_options
 from trainer.torchtune import parts
 from trainer.torchtune.fields import Collected, component_of, nearest
 from trainer.torchtune.generation import GenerationConfig

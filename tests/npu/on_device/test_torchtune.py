@@ -19,8 +19,9 @@ from service.engine.generate import generate
 from tests.npu.simulated.device import SimulatedNpu
 from tests.support.torchtune_home import DATA, RECORDS, TorchtuneUser
 from trainer.__main__ import StopRequest, run
-from trainer.config import RunConfig, parse_options, read_config
+from trainer.config import RunConfig
 from trainer.run_folder import RunFolder
+from trainer.strict import parse_options, read_config
 from trainer.torchtune import Translation, compare, translate
 
 ROOT = Path(__file__).parents[3]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lm.errors import UserError
 from tests.support.json_fuzz import any_text, junk
-from trainer.config import read_config
+from trainer.strict import read_config
 from trainer.torchtune.overrides import apply_overrides, interpolate
 from trainer.torchtune.reading import MAX_NODES, parse_yaml
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from lm.errors import UserError
 from tests.support.json_fuzz import any_text, junk
 from tests.support.torchtune_configs import FULL, LORA, refusal, stock
-from trainer.config import RunConfig, parse_options
+from trainer.config import RunConfig
+from trainer.strict import parse_options
 from trainer.torchtune import translate
 from trainer.torchtune.components import COMPONENTS
 from trainer.torchtune.table import all_keys

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tests.support.torchtune_configs import FULL, LORA, SEED, refusal, stock
-from trainer.config import RunConfig, parse_options
+from trainer.config import RunConfig
+from trainer.strict import parse_options
 from trainer.torchtune import is_torchtune, parse_yaml, translate
 from trainer.torchtune.parts import WHOLE_CONTEXT
 
