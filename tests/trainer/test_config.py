@@ -84,7 +84,7 @@ def test_every_option_is_documented_where_it_is_defined() -> None:
         ({"prompt_template": {"human": ["a", "b"]}}, "prompt_template.human.[key]", "'assistant'"),
         ({"data_format": "chatml"}, "data_format", "'sharegpt'"),
         ({"source": "arrow"}, "source", "'parquet'"),
-        ({"lr_schedule": "linear"}, "lr_schedule", "'constant'"),
+        ({"lr_schedule": "step"}, "lr_schedule", "'constant'"),
         ({"warmup_steps": -1}, "warmup_steps", "greater than or equal to 0"),
     ],
 )
