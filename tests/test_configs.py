@@ -16,7 +16,7 @@ from lm.ops import REFERENCE
 from service.shipped import find_config
 from tests.support.model_shapes import SHAPES, Shape
 from trainer.config import RunConfig, load_run_config
-from trainer.publish import lora_spec
+from trainer.model_setup import lora_spec
 from trainer.strict import parse_options, read_config
 from trainer.torchtune import translate
 

@@ -11,10 +11,11 @@ from typing import Literal
 import torch
 
 from lm.checkpoint import load_weights, save_model
-from lm.lora import LoraSpec, merge_adapter, save_adapter
+from lm.lora import merge_adapter, save_adapter
 from lm.model import CausalLM, build_model
 from lm.ops import REFERENCE
 from trainer.config import RunConfig
+from trainer.model_setup import lora_spec
 from trainer.outcome import NoDiskSpace
 from trainer.run_folder import RunFolder
 
@@ -80,8 +81,3 @@ class Publisher:
         for file in sorted(path.glob("*.safetensors")):
             log.info(f"Model checkpoint of size {file.stat().st_size / 1e9:.2f} GB saved to {file}")
         return str(path.relative_to(self.folder.path))
-
-
-def lora_spec(config: RunConfig) -> LoraSpec:
-    lora = config.lora
-    return LoraSpec(rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.target_modules)

@@ -14,20 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lm.checkpoint import load_weights
 from lm.config import load_config
 from lm.device import choose_dtype, memory_figures, resolve_device, seed_everything
-from lm.lora import add_lora
-from lm.model import CausalLM, build_model
-from lm.ops import choose_ops
 from trainer.config import RunConfig
 from trainer.data.batches import Batch, epoch_steps, in_batches, steps_per_epoch
 from trainer.loss import summed_cross_entropy
+from trainer.model_setup import load_model
 from trainer.optimizer import build_optimizer, clip_gradients, set_learning_rate
 from trainer.outcome import NonFiniteLoss
 from trainer.prepare import prepare_data
 from trainer.progress import Progress, StepReport
-from trainer.publish import Publisher, lora_spec
+from trainer.publish import Publisher
 from trainer.run_folder import RunFolder
 from trainer.schedule import learning_rate
 
@@ -85,7 +82,7 @@ class FineTuneRecipe:
         default_interval = self.steps_per_epoch if self.config.epochs else math.ceil(self.total_steps / 3)
         self.save_interval = self.config.save_every_n_steps or default_interval
         self.check_cancelled()
-        self.model = self._load_model()
+        self.model = load_model(self.config, self.base, device=self.device, precision=self.precision)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(self.trained, weight_decay=self.config.weight_decay)
         log.info("Optimizer is initialized.")
@@ -161,27 +158,6 @@ class FineTuneRecipe:
             )
 
     # ---- parts of setup
-
-    def _load_model(self) -> CausalLM:
-        is_lora = self.config.recipe == "lora"
-        dtype = self.precision.dtype if is_lora else torch.float32
-        ops, variants = choose_ops(self.device, self.precision.dtype)
-        model = build_model(self.model_config, device=self.device, dtype=dtype, ops=ops)
-        load_weights(model, self.base)
-        if is_lora:
-            add_lora(model, lora_spec(self.config))
-        model.checkpoint_activations = self.config.enable_activation_checkpointing
-        for name, variant in variants.items():
-            log.info(f"Op {name}: {variant}")
-        log.info(f"Model is initialized with precision {self.precision.dtype}.")
-        figures, label = memory_figures(self.device), self.device.type.upper()
-        log.info(
-            "Memory stats after model init:"
-            f"\n\t{label} peak memory allocation: {figures.peak_allocated / 2**30:.2f} GiB"
-            f"\n\t{label} peak memory reserved: {figures.peak_reserved / 2**30:.2f} GiB"
-            f"\n\t{label} peak memory active: {figures.peak_active / 2**30:.2f} GiB"
-        )
-        return model.train()
 
     def _report_start(self) -> None:
         self.progress.event(

@@ -15,8 +15,9 @@ from tests.support.runs import make_run
 from tests.support.tiny import make_tiny_model
 from tests.support.tiny_tokenizers import make_tiktoken_file
 from trainer.config import load_run_config
+from trainer.model_setup import lora_spec
 from trainer.outcome import NoDiskSpace
-from trainer.publish import Publisher, lora_spec
+from trainer.publish import Publisher
 
 
 def publisher_and_model(folder: Path, model_folder: Path, recipe: str) -> tuple[Publisher, CausalLM]:
