@@ -34,7 +34,7 @@ def our_losses(config: RunConfig, folder: Path) -> tuple[list[float], list[Batch
         recipe.setup()
         recipe.train()
     losses = [event["loss"] for event in run.read_events()[0] if event["type"] == "step"]
-    examples, options = recipe.data.rows, {"batch_size": config.batch_size, "accumulation": 1}
+    examples, options = recipe.data.training, {"batch_size": config.batch_size, "accumulation": 1}
     epochs = (epoch_steps(examples, **options, seed=config.seed, epoch=epoch) for epoch in itertools.count(1))
     steps = itertools.islice(itertools.chain.from_iterable(epochs), len(losses))
     return losses, [batch for (batch,) in steps]

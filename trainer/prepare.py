@@ -11,25 +11,27 @@ from pathlib import Path
 from lm.template import ChatTemplate, load_template
 from lm.tokenizer import load_tokenizer
 from trainer.config import RunConfig
-from trainer.data.dataset import Dataset, Example, load_dataset
+from trainer.data.dataset import Dataset, load_dataset
+from trainer.data.examples import Row
 from trainer.data.packing import pack
 from trainer.data.records import Record, read_records
 from trainer.data.sources import find_source
 from trainer.data.split import parse_split, take
 from trainer.progress import Progress
+from trainer.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    rows: Sequence[Example]
-    """What an epoch goes over: the examples, or rows of several."""
-    validation: Sequence[Example]
+    training: Sequence[Row]
+    """What an epoch goes over: examples, packed rows of several, or for dpo pairs."""
+    validation: Sequence[Row]
 
 
 def prepare_data(
-    config: RunConfig, *, max_seq_len: int, progress: Progress, check_cancelled: Callable[[], None]
+    config: RunConfig, *, max_seq_len: int, folder: RunFolder, progress: Progress, check_cancelled: Callable[[], None]
 ) -> RunData:
     """Raises UserError for a mistake in the data, which names the record, and what `check_cancelled` raises."""
 

@@ -49,6 +49,7 @@ class FineTuneRecipe:
         self, config: RunConfig, folder: RunFolder, progress: Progress, check_cancelled: Callable[[], None]
     ) -> None:
         self.config = config
+        self.folder = folder
         self.progress = progress
         self.check_cancelled = check_cancelled
         self.base = Path(config.model)
@@ -68,11 +69,12 @@ class FineTuneRecipe:
         self.data = prepare_data(
             self.config,
             max_seq_len=min(self.config.max_seq_len, self.model_config.max_position_embeddings),
+            folder=self.folder,
             progress=self.progress,
             check_cancelled=self.check_cancelled,
         )
         self.steps_per_epoch = steps_per_epoch(
-            len(self.data.rows),
+            len(self.data.training),
             batch_size=self.config.batch_size,
             accumulation=self.config.gradient_accumulation_steps,
         )
@@ -176,7 +178,7 @@ class FineTuneRecipe:
 
     def _steps(self, epoch: int) -> Iterator[list[Batch]]:
         return epoch_steps(
-            self.data.rows,
+            self.data.training,
             batch_size=self.config.batch_size,
             accumulation=self.config.gradient_accumulation_steps,
             seed=self.config.seed,

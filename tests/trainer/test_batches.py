@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from array import array
 
 import torch
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.data.batches import collate, epoch_steps, steps_per_epoch
-from trainer.data.dataset import Example
+from trainer.data.examples import Example, Pair
 
 
 def example(length: int, trained: list[int]) -> Example:
@@ -65,3 +66,29 @@ def test_batches_of_one_step_hold_examples_of_similar_length() -> None:
     ((short, long),) = epoch_steps(examples, batch_size=2, accumulation=2, seed=0, epoch=1)
     assert short.input_ids.shape == (2, 8)
     assert long.input_ids.shape == (2, 40)
+
+
+@given(batch_size=st.integers(1, 5), accumulation=st.integers(1, 3), first_step=st.integers(0, 12))
+def test_steps_can_be_left_out_and_the_others_stay(batch_size: int, accumulation: int, first_step: int) -> None:
+    examples = [example(2 + index % 7, [1]) for index in range(23)]
+    options = {"batch_size": batch_size, "accumulation": accumulation, "seed": 3, "epoch": 2}
+    whole = [[b.input_ids.tolist() for b in step] for step in epoch_steps(examples, **options)]
+    rest = [[b.input_ids.tolist() for b in step] for step in epoch_steps(examples, **options, first_step=first_step)]
+    assert rest == whole[first_step:]
+
+
+def test_the_order_is_the_one_that_runs_have_always_had() -> None:
+    examples = [Example(array("i", [index, index]), array("i", [1])) for index in range(50)]
+    (step,) = epoch_steps(examples, batch_size=50, accumulation=1, seed=7, epoch=3)
+    order = random.Random(7 * 1_000_003 + 3).sample(range(50), 50)
+    assert [batch.targets.tolist() for batch in step] == [order]
+
+
+def test_a_batch_of_pairs_has_the_chosen_rows_and_then_the_rejected_ones() -> None:
+    pairs = [Pair(example(3, [2]), example(9, [8])), Pair(example(4, [3]), example(5, [1, 4]))]
+    batch = collate(pairs)
+    assert batch.input_ids.shape == (4, 16)
+    assert batch.targets.tolist() == [102, 103, 108, 101, 104]
+    assert (batch.target_rows // 16).tolist() == [0, 1, 2, 3, 3]
+    ((first,),) = epoch_steps(pairs, batch_size=2, accumulation=1, seed=0, epoch=1)
+    assert first.targets.tolist() == [103, 102, 101, 104, 108]

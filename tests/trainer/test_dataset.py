@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from lm.template import ChatTemplate
-from trainer.data.dataset import Dataset, Example, load_dataset
+from trainer.data.dataset import Dataset, load_dataset
 from trainer.data.errors import DataError
+from trainer.data.examples import Example
 from trainer.data.records import Record
 
 

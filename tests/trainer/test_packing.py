@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.support.runs import RECORDS, events, losses, make_run, train_here
 from trainer.config import load_run_config
 from trainer.data.batches import Batch, collate, in_batches
-from trainer.data.dataset import Example
+from trainer.data.examples import Example
 from trainer.data.packing import pack
 from trainer.progress import Progress
 from trainer.recipe import FineTuneRecipe
@@ -90,6 +90,6 @@ def test_a_packed_run_says_how_many_rows_it_has_and_learns(tiny_llama: Path, tmp
     recipe = train_here(run)
     (report,) = events(run, "dataset")
     assert report["records"] == len(RECORDS)
-    assert report["rows"] == len(recipe.data.rows) < len(RECORDS)
+    assert report["rows"] == len(recipe.data.training) < len(RECORDS)
     assert recipe.total_steps == 2 * -(-report["rows"] // 2)
     assert losses(run)[-1] < losses(run)[0]

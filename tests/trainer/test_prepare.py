@@ -22,7 +22,9 @@ from trainer.run_folder import RunFolder
 def prepare(run: RunFolder) -> RunData:
     config = load_run_config(run.config)
     with Progress(run) as progress:
-        return prepare_data(config, max_seq_len=config.max_seq_len, progress=progress, check_cancelled=lambda: None)
+        return prepare_data(
+            config, max_seq_len=config.max_seq_len, folder=run, progress=progress, check_cancelled=lambda: None
+        )
 
 
 def test_a_slice_is_taken_over_all_files_in_their_order(tiny_llama: Path, tmp_path: Path) -> None:
@@ -32,8 +34,8 @@ def test_a_slice_is_taken_over_all_files_in_their_order(tiny_llama: Path, tmp_pa
     names = [str(file) for file in files]
     whole = prepare(make_run(tmp_path / "whole", tiny_llama, data_files=names))
     part = prepare(make_run(tmp_path / "part", tiny_llama, data_files=names, split="train[8:-2]"))
-    assert len(whole.rows) == 16
-    assert part.rows == whole.rows[8:14]
+    assert len(whole.training) == 16
+    assert part.training == whole.training[8:14]
 
 
 def test_forms_may_differ_from_record_to_record_and_are_counted(
@@ -41,7 +43,7 @@ def test_forms_may_differ_from_record_to_record_and_are_counted(
 ) -> None:
     records: list[dict[str, Any]] = [*RECORDS[:2], {"text": "a line"}, {"instruction": "a", "output": "b"}]
     with caplog.at_level(logging.INFO):
-        assert len(prepare(make_run(tmp_path / "run", tiny_llama, records=records)).rows) == 4
+        assert len(prepare(make_run(tmp_path / "run", tiny_llama, records=records)).training) == 4
     assert "Data files: 1 of json." in caplog.messages
     assert "Data: 2 records of instruct, 1 records of text, 1 records of alpaca, by their columns." in caplog.messages
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from lm.errors import UserError
 from tests.support.runs import RECORDS, events, losses, make_run, train_here
 from tests.support.tiny import make_tiny_llama
+from trainer.data.examples import num_tokens
 from trainer.outcome import NonFiniteLoss
 from trainer.progress import StepReport
 
@@ -194,5 +195,5 @@ def test_records_longer_than_the_context_of_the_model_are_cut_there(tmp_path: Pa
     records = [*RECORDS, {"input": "Who?", "output": "Tuna " * 200}]
     run = make_run(tmp_path / "run", tiny_llama, records=records, max_steps=1, **FULL)
     recipe = train_here(run)
-    assert max(len(example.ids) for example in recipe.data.rows) == 256
+    assert max(map(num_tokens, recipe.data.training)) == 256
     assert events(run, "dataset")[0]["truncated"] == 1

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trainer.data.dataset import Example
+from trainer.data.examples import Example, Pair, Row, num_tokens
 
 PAD_TO_MULTIPLE_OF = 8
 """Few different shapes, and aligned ones."""
@@ -43,21 +44,31 @@ class Batch:
         )
 
 
-def collate(examples: Sequence[Example]) -> Batch:
-    """Pad to the longest, and find the trained tokens here, so that the device never has to look for them."""
+def collate(rows: Sequence[Row]) -> Batch:
+    """Pad to the longest, and find the trained tokens here, so that the device never has to look for them.
+
+    Of pairs the chosen ones come first, then the rejected ones in the same order: B is twice their number.
+    """
+    examples = _examples(rows)
     packed = any(example.lengths is not None for example in examples)
     longest = max(len(example.ids) for example in examples)
     width = math.ceil(longest / PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
-    rows = [row * width + position - 1 for row, example in enumerate(examples) for position in example.trained]
+    predictors = [row * width + position - 1 for row, example in enumerate(examples) for position in example.trained]
     targets = [example.ids[position] for example in examples for position in example.trained]
     return Batch(
         input_ids=torch.tensor([[*example.ids, *[0] * (width - len(example.ids))] for example in examples]),
         positions=torch.arange(width).repeat(len(examples), 1) if not packed else _positions(examples, width),
         documents=_documents(examples, width) if packed else None,
-        target_rows=torch.tensor(rows),
+        target_rows=torch.tensor(predictors),
         targets=torch.tensor(targets),
         num_tokens=sum(len(example.ids) for example in examples),
     )
+
+
+def _examples(rows: Sequence[Row]) -> list[Example]:
+    pairs = [row for row in rows if isinstance(row, Pair)]
+    alone = [row for row in rows if isinstance(row, Example)]
+    return [*alone, *(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
 
 
 def _positions(examples: Sequence[Example], width: int) -> Tensor:
@@ -79,19 +90,23 @@ def steps_per_epoch(num_examples: int, *, batch_size: int, accumulation: int) ->
 
 
 def epoch_steps(
-    examples: Sequence[Example], *, batch_size: int, accumulation: int, seed: int, epoch: int
+    rows: Sequence[Row], *, batch_size: int, accumulation: int, seed: int, epoch: int, first_step: int = 0
 ) -> Iterator[list[Batch]]:
-    """For each optimizer step of an epoch its batches; every example once, in an order drawn from seed and epoch.
+    """For each optimizer step of an epoch its batches; every row once, in an order drawn from seed and epoch.
 
-    Examples of one step are sorted by length before they are divided into batches: less padding, same sum of
-    gradients. The last step takes what is left, and the last batch may be short.
+    Rows of one step are sorted by length before they are divided into batches: less padding, same sum of gradients.
+    The last step takes what is left, and the last batch may be short. Steps before `first_step`, counted from 0, are
+    left out; the others are as without it. `batch_size` counts rows: a batch of pairs has twice as many.
     """
-    order = random.Random(seed * 1_000_003 + epoch).sample(range(len(examples)), len(examples))
-    for start in range(0, len(order), batch_size * accumulation):
-        step = [examples[index] for index in order[start : start + batch_size * accumulation]]
-        yield list(in_batches(sorted(step, key=lambda example: len(example.ids)), batch_size))
+    order = array("q", range(len(rows)))
+    random.Random(seed * 1_000_003 + epoch).shuffle(order)
+    order.reverse()  # the order of random.sample, which needs the memory of several lists for it
+    rows_per_step = batch_size * accumulation
+    for start in range(first_step * rows_per_step, len(order), rows_per_step):
+        step = [rows[index] for index in order[start : start + rows_per_step]]
+        yield list(in_batches(sorted(step, key=num_tokens), batch_size))
 
 
-def in_batches(examples: Sequence[Example], batch_size: int) -> Iterator[Batch]:
-    for start in range(0, len(examples), batch_size):
-        yield collate(examples[start : start + batch_size])
+def in_batches(rows: Sequence[Row], batch_size: int) -> Iterator[Batch]:
+    for start in range(0, len(rows), batch_size):
+        yield collate(rows[start : start + batch_size])

@@ -12,18 +12,8 @@ from lm.errors import UserError
 from lm.template import ChatTemplate
 from lm.tokenizer import Tokenizer
 from trainer.data.errors import DataError
+from trainer.data.examples import Example
 from trainer.data.records import Record
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One record as the model sees it."""
-
-    ids: array[int]
-    trained: array[int]
-    """Positions in `ids` whose token is predicted and trained; never 0, which nothing precedes. Not empty."""
-    lengths: array[int] | None = None
-    """In a packed row the tokens of each of its examples, one after the other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from trainer.data.dataset import Example
+from trainer.data.examples import Example
 
 
 def pack(examples: Sequence[Example], row_length: int) -> list[Example]:
