@@ -101,7 +101,17 @@ class Settings(Strict):
     """An engine that says nothing for so long while requests run hangs: it is killed, at the latest after twice that time,
     and started again. null lets it hang."""
     drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
-    """How long running requests may go on after the service was asked to stop."""
+    """How long running requests may go on after the service was asked to stop, and before the engine sleeps."""
+    serving_while_training: Literal["auto", "share", "sleep"] = "auto"
+    """What becomes of serving while a job trains on its device. `share`: both run, each within its share of the memory;
+    on a CPU the trainer lets others go first and takes fewer threads. `sleep`: the engine ends its requests, stops and frees
+    the device, and comes back when the job is over. `auto`: `share` where both fit, which on a CPU they do, else `sleep`."""
+    training_memory_share: Annotated[float, Field(ge=0.05, le=0.95)] = 0.5
+    """With `share`: how much of the device's memory a trainer may take; the engine has the rest. Not on a CPU."""
+    training_num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """CPU threads of a trainer while the engine computes on the same CPU. Default: three quarters of the cores."""
+    sleep_wait_seconds: Annotated[float, Field(ge=0, le=86_400)] = 30.0
+    """How long a request waits for an engine that sleeps, before it is told to try again later (503)."""
 
     @property
     def models_dir(self) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from lm.device.bandwidth import peak_bandwidth
 from lm.device.detect import DeviceChoice, resolve_device
-from lm.device.memory import MemoryFigures, memory_figures, reset_peak_memory
+from lm.device.memory import MemoryFigures, limit_memory, memory_figures, reset_peak_memory
 from lm.device.precision import DtypeChoice, choose_dtype
 from lm.device.runtime import seed_everything, synchronize
 
@@ -18,6 +18,7 @@ __all__ = [
     "DtypeChoice",
     "MemoryFigures",
     "choose_dtype",
+    "limit_memory",
     "memory_figures",
     "peak_bandwidth",
     "reset_peak_memory",

@@ -56,6 +56,15 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.get_device_module(device).reset_peak_memory_stats(device)
 
 
+def limit_memory(device: torch.device, fraction: float) -> None:
+    """Let this process take no more than so much of the device's memory: what asks for more gets OutOfMemoryError.
+
+    It binds what torch allocates. The CPU's memory has no such limit, and stays without one.
+    """
+    if device.type != "cpu":
+        torch.get_device_module(device).set_per_process_memory_fraction(fraction, device)
+
+
 def _host_figures() -> MemoryFigures:
     status, machine = _read_table(PROC / "self/status"), _read_table(PROC / "meminfo")
     resident, peak = status["VmRSS"], status["VmHWM"]
