@@ -8,85 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from lm.errors import UserError
-
-TABLES = """
-CREATE TABLE jobs (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    status TEXT NOT NULL,
-    model TEXT NOT NULL,
-    options TEXT NOT NULL,
-    data_files TEXT NOT NULL,
-    file_id TEXT,
-    suffix TEXT NOT NULL,
-    promote TEXT NOT NULL,
-    created_at REAL NOT NULL,
-    started_at REAL,
-    finished_at REAL,
-    attempt INTEGER NOT NULL DEFAULT 1,
-    pid INTEGER,
-    events_offset INTEGER NOT NULL DEFAULT 0,
-    cancel_requested INTEGER NOT NULL DEFAULT 0,
-    progress TEXT NOT NULL DEFAULT '{}',
-    error TEXT,
-    fine_tuned_model TEXT
-);
-CREATE INDEX jobs_by_status ON jobs (status);
-CREATE TABLE job_events (
-    job_id TEXT NOT NULL REFERENCES jobs (id),
-    seq INTEGER NOT NULL,
-    type TEXT NOT NULL,
-    time REAL NOT NULL,
-    data TEXT NOT NULL,
-    PRIMARY KEY (job_id, seq)
-) WITHOUT ROWID;
-CREATE TABLE entries (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    base TEXT NOT NULL,
-    kind TEXT NOT NULL,
-    folder TEXT,
-    job_id TEXT REFERENCES jobs (id),
-    step INTEGER,
-    created_at REAL NOT NULL,
-    train_loss REAL,
-    validation_loss REAL
-);
-CREATE TABLE promotions (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    entry_id TEXT NOT NULL REFERENCES entries (id),
-    reason TEXT NOT NULL,
-    created_at REAL NOT NULL,
-    undone_at REAL
-);
-CREATE TABLE files (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    filename TEXT NOT NULL,
-    purpose TEXT NOT NULL,
-    bytes INTEGER NOT NULL,
-    created_at REAL NOT NULL
-);
-"""
-
-
-def _create_tables(connection: sqlite3.Connection) -> None:
-    for statement in TABLES.split(";\n"):
-        connection.execute(statement)
-
-
-def _add_notes(connection: sqlite3.Connection) -> None:
-    connection.execute("ALTER TABLE jobs ADD COLUMN notes TEXT NOT NULL DEFAULT '[]'")
-
-
-MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_create_tables, _add_notes]
-"""Migration N brings a database from user_version N to N + 1. Append only."""
+from service.migrations import MIGRATIONS
 
 
 def registered_folder(path: Path, name: str) -> str | None:

@@ -40,12 +40,18 @@ class Entry:
     """Name of the base model, whose tokenizer and template it shares."""
     kind: Kind
     base_dir: Path
+    """The weights that are loaded: an adapter stands on its base model, or on a checkpoint that its job began from."""
     adapter_dir: Path | None
     job_id: str | None
     step: int | None
+    epoch: int | None
     created_at: float
     train_loss: float | None
     validation_loss: float | None
+    token_accuracy: float | None
+    validation_token_accuracy: float | None
+    best: bool
+    """Of its job, the one with the lowest validation loss so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,36 +160,61 @@ class Registry:
         name = f"ft:{job.model}:{self.organization}:{job.suffix}:{job.id[-8:]}"
         return name if event["final"] else f"{name}:ckpt-step-{event['step']}"
 
-    def add_checkpoint(self, job: Job, run_dir: Path, event: Mapping[str, Any]) -> Entry:
+    def add_checkpoint(
+        self, job: Job, run_dir: Path, event: Mapping[str, Any], *, weights: Path | None = None
+    ) -> Entry:
         """Register what a trainer's `checkpoint` event of kind "adapter" or "full" tells.
 
-        A later attempt of the same job publishes the same steps again: the id keeps the folder that it has.
+        `weights` is the model folder that an adapter stands on, where that is not the base model's. A step that is told
+        again, after the run was taken up at an earlier one, stays the entry that it is.
         """
-        folder = run_dir / event["path"]
-        self._insert(
-            id=self.checkpoint_id(job, event),
-            base=job.model,
-            kind=event["kind"],
-            folder=str(folder.relative_to(self.home)),
-            job_id=job.id,
-            step=event["step"],
-            train_loss=event.get("loss"),
-            validation_loss=event.get("validation_loss"),
-        )
-        return self.get(self.checkpoint_id(job, event))
+        entry_id, folder = self.checkpoint_id(job, event), run_dir / event["path"]
+        with self.database.transaction():
+            self._insert(
+                id=entry_id,
+                base=job.model,
+                kind=event["kind"],
+                folder=self._relative(folder),
+                weights=None if weights is None else self._relative(weights),
+                job_id=job.id,
+                step=event["step"],
+                epoch=event.get("epoch"),
+                train_loss=event.get("loss"),
+                validation_loss=event.get("validation_loss"),
+                token_accuracy=event.get("token_accuracy"),
+                validation_token_accuracy=event.get("validation_token_accuracy"),
+            )
+            if event.get("best"):
+                self.database.connection.execute(
+                    "UPDATE entries SET best = (id = ?) WHERE job_id = ?", (entry_id, job.id)
+                )
+        return self.get(entry_id)
+
+    def remove(self, entry: Entry) -> None:
+        """Forget a fine-tuned entry and its promotions. What lies on the disk is the caller's."""
+        with self.database.transaction():
+            self.database.connection.execute("DELETE FROM promotions WHERE entry_id = ?", (entry.id,))
+            self.database.connection.execute("DELETE FROM entries WHERE id = ? AND kind != 'base'", (entry.id,))
+
+    def standing_on(self, entry: Entry) -> list[Entry]:
+        """Adapters whose weights are this full checkpoint."""
+        return [] if entry.kind != "full" else self._select("weights = ?", self._relative(entry.base_dir))
+
+    def _relative(self, folder: Path) -> str:
+        return str(folder.relative_to(self.home) if folder.is_relative_to(self.home) else folder)
 
     def _insert(self, **columns: Any) -> None:
         self.database.insert("entries", unless_there=True, created_at=time.time(), **columns)
 
     def _entry(self, row: sqlite3.Row, bases: Mapping[str, Path]) -> Entry:
         columns = dict(row)
-        kind, base, folder = columns["kind"], columns["base"], columns.pop("folder")
+        kind, base, folder, weights = columns["kind"], columns["base"], columns.pop("folder"), columns.pop("weights")
         own = None if folder is None else self.home / folder
-        base_dir = bases.get(base, self.home / "models" / base)
+        base_dir = bases.get(base, self.home / "models" / base) if weights is None else self.home / weights
         return Entry(
+            **columns | {"best": bool(columns["best"])},
             base_dir=own if kind == "full" and own else base_dir,
             adapter_dir=own if kind == "adapter" else None,
-            **columns,
         )
 
     # ---- promotions

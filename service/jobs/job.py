@@ -5,10 +5,11 @@ from __future__ import annotations
 import secrets
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.config import TrainingOptions
+from trainer.option_groups import DatasetConfig
 
 Status = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
 Promote = Literal["final", "each", "best", "manual"]
@@ -47,7 +48,9 @@ class Progress:
         known = {name: getattr(self, name) for name in self.__slots__}
         if event["type"] in known:
             known[event["type"]] = dict(event)
-        if event["type"] == "step" and self.first_step is None:
+        if event["type"] == "resumed":
+            known["first_step"] = None  # the time until now says nothing about the pace
+        if event["type"] == "step" and known["first_step"] is None:
             known["first_step"] = dict(event)
         return Progress(**known)
 
@@ -64,34 +67,66 @@ class Progress:
 class Job:
     id: str
     status: Status
+    paused: bool = False
+    """Beside `queued`, and beside `validating_files`: it is not started before somebody resumes it."""
     model: str
     """Name of the base model."""
     options: TrainingOptions
     data_files: tuple[str, ...]
-    """Relative to the home folder."""
+    """All local files that are trained on, relative to the home folder."""
+    datasets: tuple[DatasetConfig, ...] = ()
+    """What is trained on, where `data_files` with the options alone does not say it. Paths are relative to home."""
+    validation: DatasetConfig | None = None
+    """What is held out. Paths are relative to home."""
+    start_from: str | None = None
+    """Id of the registry's entry that training begins from; None: the base model."""
+    merge_start: bool = False
+    """Merge the adapter `start_from` and train a new one on the result, rather than that one further."""
     file_id: str | None
+    validation_file_id: str | None = None
+    file_ids: tuple[str, ...] = ()
+    """All uploaded files that it reads."""
+    result_files: tuple[str, ...] = ()
+    """Ids of the files in /v1/files that tell its metrics, once it has succeeded."""
     suffix: str
     promote: Promote
+    priority: int = 0
+    """Higher ones are started first."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    webhook: str | None = None
+    """URL that is told of its end."""
+    idempotency_key: str | None = None
+    request_hash: str | None = None
+    """Of the request that `idempotency_key` came with."""
+    openai: Mapping[str, Any] | None = None
+    """What was said in OpenAI's words, to be said again in answers."""
     created_at: float
     started_at: float | None
     finished_at: float | None
     attempt: int
-    """1 at first; one more each time the service restarted without the trainer."""
+    """Which of its trainers this is: 1 is the first, and each that goes on with the run is one more."""
+    restarts: int = 0
+    """How many of those followed a trainer that was gone without a word; counted anew when somebody resumes it."""
     pid: int | None
     events_offset: int
     """Bytes of the trainer's events.jsonl that are in the store."""
     cancel_requested: bool
+    pause_requested: bool = False
     progress: Progress
     error: JobError | None
     fine_tuned_model: str | None
     notes: tuple[str, ...] = ()
     """What of a configuration of torchtune was mapped rather than taken as it is."""
+    run_name: str = ""
+    """Its folder under runs/."""
 
     @property
     def finished(self) -> bool:
         return self.status in FINISHED
 
     @property
-    def run_name(self) -> str:
-        """Folder under runs/. A new attempt gets a new folder: checkpoints of the old one may be served already."""
-        return self.id if self.attempt == 1 else f"{self.id}.attempt{self.attempt}"
+    def local_sets(self) -> list[DatasetConfig]:
+        """Everything that is read from local files, the held-out records included."""
+        trained = self.datasets or (DatasetConfig(data_files=self.data_files),)
+        held_out = () if self.validation is None else (self.validation,)
+        return [chosen for chosen in (*trained, *held_out) if chosen.data_files is not None]

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from service.jobs.job import Job, JobError, Status
+from service.registry import Entry
 from trainer.config import RunConfig
+from trainer.option_groups import DatasetConfig
 from trainer.run_folder import RunResult
 
 
-def startable(queued: Iterable[Job], running: Iterable[Job]) -> list[Job]:
-    """Jobs whose device nobody uses and no older job waits for. `queued` is oldest first."""
+def startable(queue: Iterable[Job], running: Iterable[Job]) -> list[Job]:
+    """Jobs whose device nobody uses and no job before them waits for. `queue` is that of the store."""
     taken = [job.options.device for job in running]
     chosen = []
-    for job in queued:
+    for job in queue:
         if not any(may_collide(job.options.device, device) for device in taken):
             chosen.append(job)
         taken.append(job.options.device)
     return chosen
 
 
-def queue_position(job: Job, queued: Iterable[Job]) -> int:
-    """1 for the job that is next on its device."""
-    before = [other for other in queued if other.created_at < job.created_at]
+def queue_position(job: Job, queue: Sequence[Job]) -> int | None:
+    """1 for the job that is next on its device; None for one that does not wait, such as a paused one."""
+    ids = [other.id for other in queue]
+    if job.id not in ids:
+        return None
+    before = queue[: ids.index(job.id)]
     return 1 + sum(may_collide(job.options.device, other.options.device) for other in before)
 
 
@@ -34,14 +39,26 @@ def may_collide(device: str, other: str) -> bool:
     return first == second or "auto" in (first, second)
 
 
-def run_config(job: Job, *, base: Path, home: Path) -> RunConfig:
-    """What the trainer of a job is told. `base` is the folder of its model."""
+def run_config(job: Job, *, base: Path, home: Path, start: Entry | None = None) -> RunConfig:
+    """What the trainer of a job is told. `base` is the folder of its base model, `start` what it begins from."""
+    adapter = None if start is None else start.adapter_dir
     return RunConfig(
         **job.options.model_dump(),
-        model=str(base),
-        model_name=job.model,
-        data_files=tuple(str(home / file) for file in job.data_files),
+        model=str(base if start is None else start.base_dir),
+        model_name=start.id if start is not None and start.kind == "full" else job.model,
+        start_adapter=None if adapter is None else str(adapter),
+        merge_start=job.merge_start and adapter is not None,
+        data_files=None if job.datasets else tuple(str(home / file) for file in job.data_files),
+        datasets=tuple(in_home(dataset, home) for dataset in job.datasets) or None,
+        validation=None if job.validation is None else in_home(job.validation, home),
     )
+
+
+def in_home(dataset: DatasetConfig, home: Path) -> DatasetConfig:
+    """With its paths, which are relative to the home folder, made whole."""
+    if dataset.data_files is None:
+        return dataset
+    return dataset.model_copy(update={"data_files": tuple(str(home / file) for file in dataset.data_files)})
 
 
 def outcome(

@@ -9,8 +9,10 @@ import pytest
 
 from lm.errors import UserError
 from service import database
-from service.database import MIGRATIONS, Database
+from service.database import Database
 from service.jobs.store import JobStore
+from service.migrations import MIGRATIONS
+from service.registry import Registry
 from trainer.config import TrainingOptions
 
 
@@ -136,19 +138,29 @@ def test_a_damaged_database_is_refused_with_the_mend_and_left_alone(
     assert path.read_bytes() == damaged
 
 
-def test_jobs_of_an_older_service_are_kept_and_have_no_notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_of_an_older_service_are_kept_with_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "tuneserve.db"
     monkeypatch.setattr(database, "MIGRATIONS", MIGRATIONS[:1])
     old = Database(path)
     columns: dict[str, Any] = {
+        "status": "succeeded",
+        "model": "tiny",
         "options": TrainingOptions().model_dump_json(),
         "data_files": "[]",
         "suffix": "",
         "promote": "final",
+        "created_at": 1.0,
     }
-    old.insert("jobs", id="ftjob-old", status="succeeded", model="tiny", created_at=1.0, **columns)
+    old.insert("jobs", id="ftjob-old", file_id="file-1", **columns)
+    old.insert("jobs", id="ftjob-again", attempt=2, **columns)
+    old.insert("entries", id="ft:tiny:::old", base="tiny", kind="adapter", folder="runs/x", created_at=1.0)
     old.close()
     monkeypatch.setattr(database, "MIGRATIONS", MIGRATIONS)
     upgraded = Database(path)
-    assert JobStore(upgraded).get("ftjob-old").notes == ()
+    jobs = JobStore(upgraded)
+    assert (jobs.get("ftjob-old").notes, jobs.get("ftjob-old").file_ids) == ((), ("file-1",))
+    assert jobs.get("ftjob-old").run_name == "ftjob-old"
+    assert jobs.get("ftjob-again").run_name == "ftjob-again.attempt2"
+    entry = Registry(upgraded, home=tmp_path, organization="tuneserve").get("ft:tiny:::old")
+    assert (entry.best, entry.base_dir) == (False, tmp_path / "models" / "tiny")
     upgraded.close()

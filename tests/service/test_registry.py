@@ -91,11 +91,44 @@ def test_the_path_of_an_entry_is_its_own_folder_as_home_sees_it(
     assert registry.path_in_home(registry.get("other")) is None
 
 
-def test_a_later_attempt_does_not_move_what_may_be_served(registry: Registry, store: JobStore, home: Path) -> None:
+def test_a_step_that_is_told_again_stays_the_entry_that_it_is(registry: Registry, store: JobStore, home: Path) -> None:
     trained = job(store)
-    first = registry.add_checkpoint(trained, home / "runs" / "first", checkpoint(3))
-    again = registry.add_checkpoint(trained, home / "runs" / "second", checkpoint(3))
-    assert again == first
+    run = home / "runs" / trained.id
+    first = registry.add_checkpoint(trained, run, checkpoint(3, best=True))
+    second = registry.add_checkpoint(trained, run, checkpoint(6))
+    assert registry.add_checkpoint(trained, run, checkpoint(3, best=True)) == first
+    assert [entry.id for entry in registry.of_job(trained.id)] == [first.id, second.id]
+
+
+def test_one_checkpoint_of_a_job_is_its_best(registry: Registry, store: JobStore, home: Path) -> None:
+    trained, other = job(store), job(store)
+    registry.add_checkpoint(other, home / "runs" / other.id, checkpoint(1, best=True))
+    for step, best in ((1, True), (2, True), (3, False)):
+        registry.add_checkpoint(trained, home / "runs" / trained.id, checkpoint(step, best=best, token_accuracy=0.5))
+    assert [(entry.step, entry.best) for entry in registry.of_job(trained.id)] == [(1, False), (2, True), (3, False)]
+    assert [entry.best for entry in registry.of_job(other.id)] == [True]
+    assert {entry.token_accuracy for entry in registry.of_job(trained.id)} == {0.5}
+
+
+def test_an_adapter_may_stand_on_a_checkpoint_of_ours(registry: Registry, store: JobStore, home: Path) -> None:
+    run = home / "runs" / "x"
+    full = registry.add_checkpoint(job(store), run, checkpoint(3, kind="full", path="checkpoints/step_3"))
+    adapter = registry.add_checkpoint(job(store), home / "runs" / "y", checkpoint(3), weights=full.base_dir)
+    assert adapter.base_dir == full.base_dir
+    assert registry.standing_on(full) == [adapter]
+    assert registry.standing_on(adapter) == []
+
+
+def test_what_is_removed_can_neither_be_named_nor_gone_back_to(registry: Registry, store: JobStore, home: Path) -> None:
+    entries = [registry.add_checkpoint(job(store), home / "runs" / "x", checkpoint(step)) for step in (1, 2)]
+    for entry in entries:
+        registry.add_promotion(entry.id, "test")
+    registry.remove(entries[1])
+    assert [promotion.entry_id for promotion in registry.promotions("tiny")] == [entries[0].id]
+    with pytest.raises(NotFoundError):
+        registry.get(entries[1].id)
+    registry.remove(registry.get("tiny"))
+    assert registry.get("tiny").kind == "base"
 
 
 def test_a_home_can_be_moved(registry: Registry, store: JobStore, home: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_a_job_that_needs_any_device_is_not_overtaken_for_ever() -> None:
     assert startable(queue, [job(0, "npu:0")]) == []
 
 
-def test_positions_count_the_older_jobs_that_are_in_the_way() -> None:
+def test_positions_count_the_jobs_before_it_that_are_in_the_way() -> None:
     queue = [job(1, "npu:0"), job(2, "npu:1"), job(3, "npu:0")]
     assert [queue_position(waiting, queue) for waiting in queue] == [1, 1, 2]
 

@@ -7,8 +7,9 @@ import pytest
 
 from lm.errors import NotFoundError
 from service.jobs.job import Job, JobError, Progress
-from service.jobs.store import JobStore
+from service.jobs.store import JobStore, KeyTakenError
 from trainer.config import TrainingOptions
+from trainer.option_groups import DatasetConfig
 
 
 def create(store: JobStore, **overrides: Any) -> Job:
@@ -32,6 +33,38 @@ def test_a_job_comes_back_as_it_was_created(store: JobStore) -> None:
     assert (created.status, created.attempt, created.cancel_requested) == ("queued", 1, False)
     assert created.error is None
     assert created.progress == Progress()
+
+
+def test_what_a_job_is_told_beyond_that_comes_back_too(store: JobStore) -> None:
+    hub = DatasetConfig(hub_id="a/b", weight=0.5)
+    told: dict[str, Any] = {
+        "datasets": (DatasetConfig(data_files=("data/a.jsonl",), column_map={"input": "q"}), hub),
+        "validation": DatasetConfig(data_files=("data/held.jsonl",)),
+        "validation_file_id": "file-2",
+        "file_ids": ("file-1", "file-2"),
+        "start_from": "ft:tiny:tuneserve::12345678",
+        "merge_start": True,
+        "priority": 7,
+        "metadata": {"team": "a"},
+        "webhook": "https://example.org/hook",
+        "idempotency_key": "key",
+        "request_hash": "hash",
+        "openai": {"method": {"type": "dpo"}},
+    }
+    job = create(store, file_id="file-1", **told)
+    assert {name: getattr(job, name) for name in told} == told
+    assert (job.paused, job.pause_requested, job.restarts, job.run_name) == (False, False, 0, job.id)
+    assert job.local_sets == [told["datasets"][0], told["validation"]]
+    assert create(store).local_sets == [DatasetConfig(data_files=("data/a.jsonl",))]
+
+
+def test_a_key_creates_one_job(store: JobStore) -> None:
+    job = create(store, idempotency_key="once", request_hash="a")
+    assert store.with_key("once") == job
+    assert store.with_key("never") is None
+    with pytest.raises(KeyTakenError):
+        create(store, idempotency_key="once", request_hash="b")
+    assert [other.id for other in store.page(limit=5)[0]] == [job.id]
 
 
 def test_ids_are_random_and_of_the_stated_form(store: JobStore) -> None:
@@ -78,10 +111,39 @@ def test_pages_are_newest_first_and_complete(store: JobStore) -> None:
         store.page(limit=2, after="ftjob-none")
 
 
-def test_the_queue_is_oldest_first(store: JobStore) -> None:
-    ids = [create(store).id for _ in range(3)]
-    assert [job.id for job in store.with_status("queued", "running")] == ids
-    assert store.counts() == {"queued": 3}
+def test_pages_can_be_of_the_jobs_with_some_metadata_or_with_none(store: JobStore) -> None:
+    first = create(store, metadata={"team": "a", "run": "1"}).id
+    second = create(store, metadata={"team": "a", "run": "2"}).id
+    without = create(store).id
+
+    def ids(metadata: dict[str, str] | None) -> list[str]:
+        return [job.id for job in store.page(limit=5, metadata=metadata)[0]]
+
+    assert ids(None) == [without, second, first]
+    assert ids({"team": "a"}) == [second, first]
+    assert ids({"team": "a", "run": "1"}) == [first]
+    assert ids({"team": "1"}) == ids({"' OR 1": "a"}) == []
+    assert ids({}) == [without]
+
+
+def test_the_queue_is_by_priority_and_then_oldest_first(store: JobStore) -> None:
+    low, first, second, high = [create(store, priority=priority).id for priority in (-1, 0, 0, 5)]
+    paused = create(store, paused=True, priority=9).id
+    assert [job.id for job in store.queue()] == [high, first, second, low]
+    assert [job.id for job in store.with_status("queued", "running")] == [low, first, second, high, paused]
+    assert store.counts() == {"queued": 5}
+
+
+def test_a_deleted_job_leaves_nothing_behind(store: JobStore) -> None:
+    job, other = create(store, idempotency_key="key"), create(store)
+    changed = store.changed(job.id)
+    store.delete(job.id)
+    assert changed.is_set()
+    with pytest.raises(NotFoundError):
+        store.get(job.id)
+    assert store.events(job.id) == []
+    assert [event["type"] for event in store.events(other.id)] == ["queued"]
+    create(store, idempotency_key="key")
 
 
 def test_an_unknown_job_is_named(store: JobStore) -> None:
@@ -92,6 +154,8 @@ def test_an_unknown_job_is_named(store: JobStore) -> None:
 def test_a_file_is_in_use_until_its_job_is_over(store: JobStore) -> None:
     job = create(store, file_id="file-1")
     assert store.uses_file("file-1") == job.id
+    held_out = create(store, file_ids=("file-2", "file-3"))
+    assert store.uses_file("file-3") == held_out.id
     store.record(job.id, status="succeeded")
     assert store.uses_file("file-1") is None
 
@@ -120,3 +184,14 @@ def test_progress_keeps_the_newest_event_of_each_kind_and_estimates_the_rest(sto
     assert kept.step is not None
     assert kept.step["step"] == 3
     assert kept.eta_s == pytest.approx(7 * 4.0)
+
+
+def test_the_pace_begins_anew_where_a_run_goes_on(store: JobStore) -> None:
+    progress = Progress()
+    for step, time in ((1, 100.0), (2, 104.0)):
+        progress = progress.after({"type": "step", "step": step, "total_steps": 10, "time": time})
+    progress = progress.after({"type": "resumed", "step": 2, "time": 9000.0})
+    assert progress.eta_s is None
+    for step, time in ((3, 9001.0), (4, 9003.0)):
+        progress = progress.after({"type": "step", "step": step, "total_steps": 10, "time": time})
+    assert progress.eta_s == pytest.approx(6 * 2.0)
