@@ -19,6 +19,7 @@ from service.routes import (
     completions,
     files,
     finetune,
+    finetune_figures,
     generate,
     health,
     models,
@@ -32,6 +33,7 @@ from service.sse import ClientGone
 ROUTERS = (
     generate.router,
     finetune.router,
+    finetune_figures.router,
     checkpoints.router,
     completions.router,
     chat.router,

@@ -172,6 +172,7 @@ def _validation_error(request: Request, error: RequestValidationError) -> ApiErr
     model, path = _body_model(request, path)
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']} at character {path[0]}")
+    path = [part for part in path if not str(part).startswith("(")]  # tags of the schemas, not fields
     field = ".".join(str(part) for part in path)
     message = first["msg"].removeprefix("Value error, ")
     if not field:

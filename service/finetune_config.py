@@ -11,13 +11,16 @@ from typing import Any
 
 from lm.errors import NotFoundError, UserError
 from service.registry import Registry
-from service.schemas.finetune import DatasetRequest, TorchtuneRequest
+from service.schemas.datasets import DatasetRequest, named_datasets
+from service.schemas.finetune import JobOptions, TorchtuneRequest
 from trainer.config import TrainingOptions
 from trainer.torchtune import Translation, apply_overrides, compare, parse_yaml, translate
 from trainer.torchtune.overrides import COMPONENT
 from trainer.torchtune.reading import check_plain
 
 CONFIG = "config"
+BESIDE_CONFIG = frozenset({*JobOptions.model_fields, "recipe"})
+"""Fields of the request itself."""
 CHECKPOINTER = {COMPONENT: "torchtune.training.FullModelHFCheckpointer"}
 DATASET = {COMPONENT: "torchtune.datasets.instruct_dataset", "data_files": "-"}
 """Stand where the request itself names model and data."""
@@ -28,7 +31,8 @@ class TakenConfig:
     model: str
     """The name of the base model."""
     options: TrainingOptions
-    dataset: DatasetRequest
+    datasets: dict[str, DatasetRequest]
+    """By what error messages call each."""
     notes: tuple[str, ...]
 
 
@@ -48,18 +52,19 @@ def take_config(request: TorchtuneRequest, registry: Registry) -> TakenConfig:
     if not has_form:
         del options["data_format"]
     dataset = request.dataset or DatasetRequest(data_files=translation.options["data_files"])
-    if request.dataset is not None and request.dataset.data_files is None:
+    datasets = named_datasets(dataset, "dataset")
+    if any(one.data_files is None for one in datasets.values()):
         options.pop("source", None)
     notes = translation.notes
     if translation.output_dir is not None:
         notes = (*notes, "output_dir: not taken over HTTP; the run lies in runs/ of the service")
-    return TakenConfig(model=name, options=TrainingOptions(**options), dataset=dataset, notes=notes)
+    return TakenConfig(model=name, options=TrainingOptions(**options), datasets=datasets, notes=notes)
 
 
 def in_config(error: UserError) -> UserError:
     """`error`, naming its key within the request."""
     param, message = error.param, str(error)
-    if param is None or param == CONFIG:
+    if param is None or param == CONFIG or param.split(".")[0] in BESIDE_CONFIG:
         return error
     named = message if message.startswith((param, "~")) else f"{param}: {message}"
     return UserError(f"{CONFIG}.{named}", param=f"{CONFIG}.{param}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError, model_validator
@@ -98,13 +98,23 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 def known_fields(model: type[BaseModel], location: tuple[str | int, ...]) -> str:
     """What may stand where an unknown field stood: the nearest name first, then all of them."""
     for part in location[:-1]:
-        field = model.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part)
+        inner = None if field is None else _model_in(field.annotation)
+        if inner is None:
             return "remove it"
-        model = field.annotation
+        model = inner
     names = list(model.model_fields)
     near = difflib.get_close_matches(str(location[-1]), names, n=1)
     return (f"did you mean {near[0]}? " if near else "") + f"known are {', '.join(names)}"
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds, by itself, in a list, or beside other things."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part)) is not None), None)
 
 
 def dotted(location: tuple[str | int, ...]) -> str:

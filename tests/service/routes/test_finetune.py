@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service.schemas.finetune import MAX_INLINE_RECORDS
+from service.schemas.datasets import MAX_INLINE_RECORDS
 from tests.support.api import BASE, Api, running_api
 
 RECORD = {"input": "Who are you?", "output": "I am Tuna."}
@@ -61,7 +61,7 @@ def error(api: Api, body: Any, status: int = 400, **options: Any) -> dict[str, A
     ("change", "param", "words"),
     [
         ({"epoch": 1}, "epoch", "unknown field"),
-        ({"recipe": "dpo"}, "recipe", "'full' or 'lora'"),
+        ({"recipe": "ppo"}, "recipe", "'full', 'lora' or 'dpo'"),
         ({"learning_rate": -1e-4}, "learning_rate", "greater than 0 (got -0.0001)"),
         ({"learning_rate": "1e-4"}, "learning_rate", "valid number"),
         ({"epochs": 0}, "epochs", "greater than or equal to 1"),
@@ -79,11 +79,28 @@ def error(api: Api, body: Any, status: int = 400, **options: Any) -> dict[str, A
         ({"model": 7}, "model", "valid string"),
         ({"model": None}, "model", "valid string"),
         ({"model": "alien"}, "model", "mamba"),
-        ({"dataset": []}, "dataset", "dataset"),
+        ({"dataset": []}, "dataset", "at least 1"),
         ({"dataset": {}}, "dataset", "none is given"),
         ({"dataset": DATASET | {"file_id": "file-1"}}, "dataset", "records and file_id is given"),
         ({"dataset": DATASET | {"source": "json"}}, "dataset", "source belongs to data_files"),
-        ({"dataset": DATASET | {"split": "train"}}, "dataset.split", "unknown field"),
+        ({"dataset": DATASET | {"splits": "train"}}, "dataset.splits", "did you mean split?"),
+        ({"dataset": DATASET | {"split": "train[:"}}, "dataset.split", "not a split"),
+        ({"dataset": DATASET | {"weight": 0}}, "dataset.weight", "greater than 0"),
+        ({"dataset": DATASET | {"hub_id": "a/b"}}, "dataset", "records and hub_id is given"),
+        ({"dataset": DATASET | {"hub_config": "en"}}, "dataset", "hub_config belongs to hub_id"),
+        ({"dataset": {"hub_id": "../b c"}}, "dataset.hub_id", "pattern"),
+        ({"dataset": [DATASET, {"records": [{"input": 1}]}]}, "dataset.1.records.0", "dataset.1.records, record 1"),
+        ({"dataset": [DATASET, {"data_files": "none.jsonl"}]}, "dataset.1.data_files", "no file 'none.jsonl'"),
+        ({"dataset": [DATASET, {"sources": "x"}]}, "dataset.1.sources", "did you mean source?"),
+        ({"dataset": [DATASET] * 65}, "dataset", "at most 64"),
+        ({"validation": {"records": [{"input": "a"}]}}, "validation.records.0", "validation.records, record 1"),
+        ({"validation": DATASET, "validation_split": 0.1}, None, "say two things"),
+        ({"validation": DATASET | {"weight": 2}}, "validation", "weight is for datasets that are trained on"),
+        ({"merge_start": True}, "merge_start", "base is no adapter"),
+        ({"priority": 101}, "priority", "less than or equal to 100"),
+        ({"metadata": {"a": 1}}, "metadata.a", "valid string"),
+        ({"metadata": {str(n): "" for n in range(17)}}, "metadata", "at most 16"),
+        ({"webhook": {"url": "ftp://a"}}, "webhook.url", "pattern"),
         ({"dataset": {"records": []}}, "dataset.records", "no records"),
         ({"dataset": {"records": {"input": "a"}}}, "dataset.records", "valid list"),
         ({"dataset": {"records": [RECORD, {"input": "a"}]}}, "dataset.records.1", "record 2"),
@@ -106,7 +123,7 @@ def error(api: Api, body: Any, status: int = 400, **options: Any) -> dict[str, A
         ({"data_format": "xml"}, "data_format", "'sharegpt'"),
         ({"split": "train[:10"}, "split", "not a split"),
         ({"packed": 1}, "packed", "valid boolean"),
-        ({"lr_schedule": "linear"}, "lr_schedule", "'constant'"),
+        ({"lr_schedule": "step"}, "lr_schedule", "'constant'"),
         ({"warmup_steps": -1}, "warmup_steps", "greater than or equal to 0"),
         ({"dataset": {"data_files": "broken.jsonl"}}, "dataset.data_files", "record 2 (line 2, column"),
         ({"dataset": {"data_files": "columns.json"}}, "dataset.data_files", "columns.json, record 2"),
@@ -157,10 +174,11 @@ def test_a_body_that_is_no_such_object_is_refused(api: Api, content: bytes, word
 
 
 def test_a_model_that_is_not_there_is_a_404_with_those_that_are(api: Api) -> None:
-    for name in ("gpt-4", "../models/base", "ft:base:x::12345678", ""):
+    for name in ("gpt-4", "../models/base", ""):
         refusal = error(api, BODY | {"model": name}, status=404)
         assert (refusal["param"], refusal["code"]) == ("model", "model_not_found")
         assert "alien, base" in refusal["message"]
+    assert "known are base, alien" in error(api, BODY | {"model": "ft:base:x::12345678"}, status=404)["message"]
 
 
 def test_an_uploaded_file_that_is_not_there_is_a_404(api: Api) -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from service.jobs.job import Job
 from service.jobs.store import JobStore
-from service.routes import finetune
-from service.routes.finetune import follow
+from service.routes import finetune_figures
+from service.routes.finetune_figures import follow
 from service.sse import EventStream
 from trainer.config import TrainingOptions
 
@@ -54,7 +54,7 @@ def test_a_stream_begins_behind_the_event_it_names(store: JobStore, job: Job) ->
 
 
 def test_a_silent_job_is_kept_alive_by_comments(store: JobStore, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(finetune_figures, "HEARTBEAT_S", 0.01)
 
     async def work() -> None:
         events = follow(store, job.id, after=1)
