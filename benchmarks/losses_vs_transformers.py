@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 from trainer.config import RunConfig
 from trainer.data.batches import Batch, epoch_steps
 from trainer.progress import Progress
-from trainer.recipe import FineTuneRecipe
 from trainer.run_folder import RunFolder
 from trainer.schedule import learning_rate
+from trainer.supervised import SupervisedRecipe
 
 TOLERANCE = 1e-4
 
@@ -30,7 +30,7 @@ def our_losses(config: RunConfig, folder: Path) -> tuple[list[float], list[Batch
     """Train as `python -m trainer` does; the losses, and the batches they belong to."""
     run = RunFolder(folder)
     with Progress(run) as progress:
-        recipe = FineTuneRecipe(config, run, progress, lambda: None)
+        recipe = SupervisedRecipe(config, run, progress, lambda: None)
         recipe.setup()
         recipe.train()
     losses = [event["loss"] for event in run.read_events()[0] if event["type"] == "step"]

@@ -82,9 +82,9 @@ def train(config: RunConfig, folder: RunFolder, progress: Progress, stop: StopRe
     # How long OpenMP's threads spin before they sleep. By default it is milliseconds: beside processes that want the
     # same cores, such as the engine, a step took 10 times as long. Not to spin cost 1.6 times on free cores, this 1.1
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    from trainer.recipe import FineTuneRecipe  # imports torch, which reads these variables
+    from trainer.recipes import RECIPES  # imports torch, which reads these variables
 
-    recipe = FineTuneRecipe(config, folder, progress, stop.check)
+    recipe = RECIPES[config.recipe](config, folder, progress, stop.check)
     recipe.setup()
     with logging_redirect_tqdm():  # a line of the log does not end up inside the progress bar
         recipe.train()

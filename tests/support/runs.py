@@ -10,7 +10,8 @@ import yaml
 
 from trainer.config import load_run_config
 from trainer.progress import Progress
-from trainer.recipe import FineTuneRecipe
+from trainer.recipe import Recipe
+from trainer.recipes import RECIPES
 from trainer.run_folder import RunFolder
 
 RECORDS: list[dict[str, Any]] = [
@@ -31,10 +32,11 @@ def make_run(folder: Path, model: Path, *, records: list[dict[str, Any]] | None 
     return RunFolder(folder)
 
 
-def train_here(run: RunFolder) -> FineTuneRecipe:
+def train_here(run: RunFolder) -> Recipe:
     """Run it in this process, to its end. The recipe holds the trained model."""
     with Progress(run) as progress:
-        recipe = FineTuneRecipe(load_run_config(run.config), run, progress, lambda: None)
+        config = load_run_config(run.config)
+        recipe = RECIPES[config.recipe](config, run, progress, lambda: None)
         recipe.setup()
         recipe.train()
     return recipe

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.loss import summed_cross_entropy
+from trainer.loss import cross_entropy
 
 NUM_ROWS, HIDDEN, VOCAB = 11, 16, 50
 
@@ -23,7 +23,7 @@ def test_chunks_give_the_plain_loss_and_its_gradients(inputs: tuple[Tensor, Tens
     hidden, weight, targets = inputs
     plain = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
     expected = torch.autograd.grad(plain * 0.3, [hidden, weight])
-    loss = summed_cross_entropy(hidden, weight, targets, max_logits_bytes=rows * VOCAB * 4)
+    loss, _ = cross_entropy(hidden, weight, targets, max_logits_bytes=rows * VOCAB * 4)
     assert torch.allclose(loss, plain, rtol=1e-6)
     for ours, theirs in zip(torch.autograd.grad(loss * 0.3, [hidden, weight]), expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -34,7 +34,7 @@ def test_the_gradients_are_those_of_the_loss() -> None:
     hidden, weight = (torch.randn(3, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64))
     targets = torch.tensor([0, 4, 2])
     step = 1e-3
-    loss = summed_cross_entropy(hidden.requires_grad_(), weight, targets)
+    loss, _ = cross_entropy(hidden.requires_grad_(), weight, targets)
     (gradient,) = torch.autograd.grad(loss, hidden)
     with torch.no_grad():
         for index in [(0, 0), (1, 3), (2, 2)]:
@@ -47,20 +47,20 @@ def test_the_gradients_are_those_of_the_loss() -> None:
 def test_without_gradients_the_loss_is_the_same(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
     hidden, weight, targets = inputs
     with torch.no_grad():
-        loss = summed_cross_entropy(hidden, weight, targets, max_logits_bytes=3 * VOCAB * 4)
-    assert loss.item() == pytest.approx(summed_cross_entropy(hidden, weight, targets).item(), rel=1e-6)
+        loss, _ = cross_entropy(hidden, weight, targets, max_logits_bytes=3 * VOCAB * 4)
+    assert loss.item() == pytest.approx(cross_entropy(hidden, weight, targets)[0].item(), rel=1e-6)
 
 
 def test_a_frozen_output_matrix_gets_no_gradient(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
     hidden, weight, targets = inputs
-    summed_cross_entropy(hidden, weight.detach(), targets).backward()
+    cross_entropy(hidden, weight.detach(), targets)[0].backward()
     assert weight.grad is None
     assert hidden.grad is not None
 
 
 def test_bf16_products_keep_the_loss_and_the_weight_gradient_in_fp32(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
     hidden, weight, targets = inputs
-    loss = summed_cross_entropy(hidden.bfloat16(), weight, targets, max_logits_bytes=4 * VOCAB * 4)
+    loss, _ = cross_entropy(hidden.bfloat16(), weight, targets, max_logits_bytes=4 * VOCAB * 4)
     (gradient,) = torch.autograd.grad(loss, weight)
     assert loss.dtype == gradient.dtype == torch.float32
     plain = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")

@@ -15,7 +15,7 @@ from trainer.data.batches import Batch, collate, in_batches
 from trainer.data.examples import Example
 from trainer.data.packing import pack
 from trainer.progress import Progress
-from trainer.recipe import FineTuneRecipe
+from trainer.supervised import SupervisedRecipe
 
 ROW = 48
 
@@ -58,17 +58,17 @@ def test_a_batch_of_rows_numbers_its_documents_and_begins_positions_anew() -> No
 
 
 @pytest.fixture(scope="module")
-def recipe(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> FineTuneRecipe:
+def recipe(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> SupervisedRecipe:
     run = make_run(tmp_path_factory.mktemp("packing") / "run", tiny_llama, recipe="full")
     with Progress(run) as progress:
-        recipe = FineTuneRecipe(load_run_config(run.config), run, progress, lambda: None)
+        recipe = SupervisedRecipe(load_run_config(run.config), run, progress, lambda: None)
         recipe.setup()
     return recipe
 
 
-def loss_and_gradients(recipe: FineTuneRecipe, batches: list[Batch]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def loss_and_gradients(recipe: SupervisedRecipe, batches: list[Batch]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     recipe.model.zero_grad()
-    loss = torch.stack([recipe.summed_loss(batch) for batch in batches]).sum() / sum(b.num_trained for b in batches)
+    loss = torch.stack([recipe.sums(batch).loss for batch in batches]).sum() / sum(b.num_trained for b in batches)
     loss.backward()
     return loss.detach(), [parameter.grad.clone() for parameter in recipe.trained if parameter.grad is not None]
 
@@ -76,7 +76,7 @@ def loss_and_gradients(recipe: FineTuneRecipe, batches: list[Batch]) -> tuple[to
 @settings(max_examples=25, deadline=None)
 @given(examples=examples, batch_size=st.integers(1, 4))
 def test_loss_and_gradients_of_packed_rows_are_those_of_the_examples(
-    recipe: FineTuneRecipe, examples: list[Example], batch_size: int
+    recipe: SupervisedRecipe, examples: list[Example], batch_size: int
 ) -> None:
     loss, gradients = loss_and_gradients(recipe, list(in_batches(examples, batch_size)))
     packed_loss, packed = loss_and_gradients(recipe, list(in_batches(pack(examples, ROW), batch_size)))

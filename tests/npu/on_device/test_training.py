@@ -20,8 +20,9 @@ from tests.npu.simulated.device import SimulatedNpu
 from tests.npu.simulated.statistics import HostSyncError
 from trainer.__main__ import StopRequest, run
 from trainer.data.batches import Batch
-from trainer.recipe import FineTuneRecipe
+from trainer.recipe import Means, Sums
 from trainer.run_folder import RunFolder, RunResult
+from trainer.supervised import SupervisedRecipe
 
 RECORDS = [{"input": f"who is number {n}?", "output": f"the {n}th one, and {'very ' * n}glad"} for n in range(6)]
 TENSORS_PER_BATCH = 4
@@ -124,14 +125,14 @@ def test_lora_publishes_an_adapter_and_the_merged_model(finetune: FineTune) -> N
 
 def watch_steps(monkeypatch: pytest.MonkeyPatch, npu: SimulatedNpu) -> None:
     """Forbid every wait in a step but for the upload of its batches and one download of loss and norm."""
-    original = FineTuneRecipe.train_step
+    original = SupervisedRecipe.train_step
 
-    def train_step(recipe: FineTuneRecipe, batches: list[Batch], rate: float) -> tuple[float, float]:
+    def train_step(recipe: SupervisedRecipe, batches: list[Batch], rate: float) -> Means:
         uploads = TENSORS_PER_BATCH * len(batches)
         with npu.statistics.forbid_host_sync("a training step", uploads=uploads, downloads=1):
             return original(recipe, batches, rate)
 
-    monkeypatch.setattr(FineTuneRecipe, "train_step", train_step)
+    monkeypatch.setattr(SupervisedRecipe, "train_step", train_step)
 
 
 @pytest.mark.parametrize("recipe", ["full", "lora"])
@@ -147,14 +148,14 @@ def test_a_step_waits_for_the_device_once(
 def test_a_wait_inside_a_step_would_be_seen(
     finetune: FineTune, npu: SimulatedNpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = FineTuneRecipe.summed_loss
+    original = SupervisedRecipe.sums
 
-    def summed_loss(recipe: FineTuneRecipe, batch: Batch) -> torch.Tensor:
-        loss = original(recipe, batch)
-        loss.item()
-        return loss
+    def waiting(recipe: SupervisedRecipe, batch: Batch) -> Sums:
+        sums = original(recipe, batch)
+        sums.loss.item()
+        return sums
 
-    monkeypatch.setattr(FineTuneRecipe, "summed_loss", summed_loss)
+    monkeypatch.setattr(SupervisedRecipe, "sums", waiting)
     watch_steps(monkeypatch, npu)
     result, _ = finetune(device="npu")
     assert result.error_message is not None
