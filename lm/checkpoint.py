@@ -94,24 +94,36 @@ def save_model(
     shard_bytes: int = SHARD_BYTES,
     tokenizer_file: Path | None = None,
 ) -> None:
-    """Publish `state` (names as in `CausalLM.state_dict()`) as the model folder `final`, cast to `dtype`.
+    """Publish what `write_model` writes as the model folder `final`. Raises FileExistsError when `final` exists."""
+    with publish(final) as folder:
+        write_model(state, config_folder, folder, dtype=dtype, shard_bytes=shard_bytes, tokenizer_file=tokenizer_file)
+
+
+def write_model(
+    state: Mapping[str, Tensor],
+    config_folder: Path,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    shard_bytes: int = SHARD_BYTES,
+    tokenizer_file: Path | None = None,
+) -> None:
+    """Write `state` (names as in `CausalLM.state_dict()`) as a model into the empty `folder`, cast to `dtype`.
 
     config.json, with its dtype set, and tokenizer, template and generation settings come from `config_folder`, the
     base model; one in Meta's format gets Hugging Face's config.json and tokenizer.json. A base without a chat template
     gets the default one that it was used with. `tokenizer_file` is the file of the tokenizer that the model was trained
-    with, if it is not the base's own. Raises FileExistsError when `final` exists, UserError when `state` does not fit
-    the config.
+    with, if it is not the base's own. Raises UserError when `state` does not fit the config.
     """
-    with publish(final) as folder:
-        _copy_companions(config_folder, folder)
-        _write_config(config_folder, folder, dtype)
-        _write_tokenizer(config_folder, folder, load_config(config_folder), tokenizer_file)
-        tokenizer = load_tokenizer(config_folder, tokenizer_file) if tokenizer_file else None
-        template, origin = find_template(config_folder, tokenizer)
-        if origin not in OWN_PLACES:
-            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-        _write_weights(state, folder, dtype, shard_bytes)
-        validate_checkpoint(folder, load_config(folder))
+    _copy_companions(config_folder, folder)
+    _write_config(config_folder, folder, dtype)
+    _write_tokenizer(config_folder, folder, load_config(config_folder), tokenizer_file)
+    tokenizer = load_tokenizer(config_folder, tokenizer_file) if tokenizer_file else None
+    template, origin = find_template(config_folder, tokenizer)
+    if origin not in OWN_PLACES:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    _write_weights(state, folder, dtype, shard_bytes)
+    validate_checkpoint(folder, load_config(folder))
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
