@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 export TORCH_DEVICE_BACKEND_AUTOLOAD := 0
 
-.PHONY: demo serve test check openapi bench npu-proof proof-loop proof-torchtune proof-engine e2e setup
+PEERS := .cache/torchtune
+
+.PHONY: demo serve test check openapi bench npu-proof proof-loop proof-torchtune proof-engine proof-tuning proof-training
+.PHONY: e2e setup
 
 setup: $(INSTALLED)
 
@@ -63,3 +66,17 @@ proof-engine: setup  ## the figures of issue "an inference engine and an OpenAI 
 		tests/service/test_served_responses.py tests/service/test_tool_clients.py tests/service/test_trained_loss.py
 	$(BIN)/python benchmarks/engine_host_time.py
 	$(BIN)/python benchmarks/http_streams.py
+
+proof-tuning: setup  ## the figures of issue "fine-tuning as a service" that need no quiet machine
+	$(BIN)/tuneserve pull smollm2-135m-instruct
+	$(BIN)/python -m pytest tests/trainer
+	$(BIN)/python -m pytest -m slow tests/trainer tests/proof/test_peers.py tests/proof/test_fine_tuning_sdk.py \
+		tests/service/test_trained_loss.py
+
+proof-training: setup  ## the same issue's figures of speed and memory; nothing else should run
+	$(BIN)/tuneserve pull smollm2-135m-instruct
+	test -d $(PEERS)/bin || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --requirement benchmarks/peers/requirements.txt
+	$(BIN)/python benchmarks/training.py $(PEERS)/bin/python
+	$(BIN)/python benchmarks/large_dataset.py
+	$(BIN)/python benchmarks/serving_while_training.py
