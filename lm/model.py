@@ -106,7 +106,9 @@ class CausalLM(nn.Module):
         self.config = config
         self.ops = ops
         self.checkpoint_activations = False
-        """Recompute each layer in the backward pass instead of keeping its activations."""
+        """Recompute layers in the backward pass instead of keeping their activations."""
+        self.checkpoint_interval = 1
+        """Which of them: the first, and from there every so many-th."""
         self.model = DecoderModel(config, ops)
         self.lm_head = (
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -135,11 +137,11 @@ class CausalLM(nn.Module):
         if paged is not None:
             return self._decode(x, rotation, positions, paged)
         masks = self._masks(input_ids, documents)
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            for layer, mask in zip(self.model.layers, masks, strict=True):
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
+        for index, (layer, mask) in enumerate(zip(self.model.layers, masks, strict=True)):
+            if recompute and index % self.checkpoint_interval == 0:
                 x = checkpoint(layer, x, rotation, mask, use_reentrant=False)
-        else:
-            for layer, mask in zip(self.model.layers, masks, strict=True):
+            else:
                 x = layer(x, rotation, mask)
         return self.model.norm(x)  # type: ignore[no-any-return]
 

@@ -10,12 +10,11 @@ from typing import Literal
 
 import torch
 
+from lm.adapter import merge_adapter, save_adapter
 from lm.checkpoint import load_weights, save_model
-from lm.lora import merge_adapter, save_adapter
 from lm.model import CausalLM, build_model
 from lm.ops import REFERENCE
 from trainer.config import RunConfig
-from trainer.model_setup import lora_spec
 from trainer.outcome import NoDiskSpace
 from trainer.run_folder import RunFolder
 
@@ -59,7 +58,7 @@ class Publisher:
             yield "full", self._log_sizes(checkpoint)
             return
         base_model = self.config.model_name or self.config.model
-        save_adapter(model, lora_spec(self.config), adapter, base_model=base_model)
+        save_adapter(model, adapter, base_model=base_model)
         yield "adapter", self._log_sizes(adapter)
         if final:
             self._save(self._merged(model, adapter), checkpoint)

@@ -5,9 +5,12 @@ events.jsonl     one JSON object a line, appended by the trainer
 metrics.csv      one row a step
 log.txt          what the trainer printed, written by whoever started it
 lock             held (flock) while a trainer lives
-state/           training state
+state/step_N/    training state, the newest only; state/data/ the records as token ids
 adapters/step_N/, checkpoints/step_N/   published whole: a folder with its final name is complete
-result.json      written last: the run is over
+result.json      written last: the run is over, or paused
+
+A run that goes on in its folder removes result.json and says `resumed` with the step it goes on behind: what the events
+tell of later steps before that is told again.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from typing import Any, Literal
 
 from lm.folder import write_atomic
 
-RunStatus = Literal["succeeded", "failed", "cancelled"]
+RunStatus = Literal["succeeded", "failed", "cancelled", "paused"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +79,15 @@ class RunFolder:
     def adapters(self) -> Path:
         return self.path / "adapters"
 
+    @property
+    def base(self) -> Path:
+        """The model that the adapters are for, where it is not the configuration's own: see `merge_start`."""
+        return self.path / "base"
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state"
+
     def read_events(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
         """The events after byte `offset`, and the offset to go on from. A half-written last line is left for later."""
         try:
@@ -97,9 +109,24 @@ class RunFolder:
         write_atomic(self.result, json.dumps(asdict(result), ensure_ascii=False, indent=2).encode())
 
     def remove_unfinished(self) -> None:
-        """Remove the checkpoint that a killed trainer was writing. Only once the trainer is dead."""
-        for path in (*self.adapters.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
-            shutil.rmtree(path, ignore_errors=True)
+        """Remove what a killed trainer was writing: a checkpoint, a state. Only once the trainer is dead."""
+        for parent in (self.adapters, self.checkpoints, self.state, self.path):
+            for path in parent.glob(".*.tmp"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def remove_states(self, *, but: int | None = None) -> None:
+        """Remove the training states, except that of step `but`. One is renamed first, so that no half of it is found."""
+        for path in self.state.glob("step_*"):
+            if path.name != f"step_{but}":
+                doomed = path.with_name(f".{path.name}.tmp")
+                shutil.rmtree(doomed, ignore_errors=True)
+                path.rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+
+    def newest_state(self) -> Path | None:
+        """The training state that the run can go on from, if there is one."""
+        states = [path for path in self.state.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
+        return max(states, key=lambda path: int(path.name.removeprefix("step_")), default=None)
 
     def log_tail(self, num_lines: int = 20, max_bytes: int = 16_384) -> str:
         """The last lines of the log. A progress bar's redrawn states count as one line."""

@@ -11,10 +11,10 @@ from typing import TypeVar
 
 import torch
 
+from lm.adapter import merge_adapter
 from lm.checkpoint import load_weights, validate_weights, weights_hash
 from lm.config import ModelConfig, load_config
 from lm.errors import UserError
-from lm.lora import merge_adapter
 from lm.model import CausalLM, build_model
 from lm.ops import Ops
 

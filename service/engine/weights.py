@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lm.adapter import check_adapter
 from lm.checkpoint import weights_hash
 from lm.config import ModelConfig
 from lm.device import memory_figures
 from lm.errors import UserError
-from lm.lora import check_adapter
 from lm.model import CausalLM
 from service.engine.loader import Source, Target, check_source, fill, in_background, place, read
 from service.engine.messages import (

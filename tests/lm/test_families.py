@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lm.adapter import merge_adapter, save_adapter
 from lm.cache import KVCache, PagedBatch
 from lm.config import FAMILIES, load_config
-from lm.lora import LINEAR_LAYERS, LoraSpec, add_lora, lora_parameters, merge_adapter, save_adapter
+from lm.lora import LINEAR_LAYERS, LoraSpec, add_lora, lora_parameters
 from lm.model import CausalLM, build_model
 from lm.ops import REFERENCE, choose_ops
 from lm.weight_files import expected_shapes
@@ -158,7 +159,7 @@ def test_an_adapter_of_every_family_is_that_of_peft(family: str, name: str, tmp_
     add_lora(model, spec)
     for parameter in lora_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(0))
-    save_adapter(model, spec, tmp_path / "adapter", base_model=str(folder))
+    save_adapter(model, tmp_path / "adapter", base_model=str(folder))
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     with torch.no_grad():

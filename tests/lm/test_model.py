@@ -149,6 +149,16 @@ def test_activation_checkpointing_gives_the_same_gradients(tiny: Path) -> None:
     assert all(torch.equal(recomputed[name], gradient) for name, gradient in plain.items())
 
 
+def test_activation_checkpointing_of_every_other_layer_keeps_the_gradients_too(tmp_path: Path) -> None:
+    model, ids = load_tiny_model(make_tiny_llama(tmp_path, num_hidden_layers=4)), random_ids(2, 30)
+    plain = train_gradients(model, ids)
+    calls = [count_calls(layer) for layer in model.model.layers]
+    model.checkpoint_activations, model.checkpoint_interval = True, 2
+    recomputed = train_gradients(model, ids)
+    assert [len(times) for times in calls] == [2, 1, 2, 1]
+    assert all(torch.equal(recomputed[name], gradient) for name, gradient in plain.items())
+
+
 def count_calls(module: torch.nn.Module) -> list[None]:
     calls: list[None] = []
     module.register_forward_pre_hook(lambda *_: calls.append(None))

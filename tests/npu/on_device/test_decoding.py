@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from lm.adapter import save_adapter
 from lm.checkpoint import load_weights, save_model
 from lm.config import load_config
-from lm.lora import LoraSpec, add_lora, lora_parameters, save_adapter
+from lm.lora import LoraSpec, add_lora, lora_parameters
 from lm.model import CausalLM, build_model
 from lm.ops import REFERENCE
 from service.engine.messages import ModelLoaded
@@ -126,7 +127,7 @@ def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for parameter in lora_parameters(model).values():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     final = tmp_path_factory.mktemp("adapters") / "step_1"
-    save_adapter(model, spec, final, base_model="tiny")
+    save_adapter(model, final, base_model="tiny")
     return final
 
 
