@@ -78,7 +78,7 @@ def describe(config: RunConfig, facts: CheckpointFacts, *, run: str, kind: Kind)
         "job": run,
         "kind": kind,
         "base_model": config.model_name or Path(config.model).name,
-        **({"start_adapter": Path(config.start_adapter).name} if config.start_adapter else {}),
+        **_start(config),
         "recipe": config.recipe,
         **numbers,
         "losses": {name: figure for name, figure in figures.items() if figure is not None},
@@ -114,13 +114,19 @@ def render_card(told: Mapping[str, Any], license: str | None = None) -> str:
         [
             *("---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(), "---", ""),
             *(f"# {_cell(told['job'])}, step {told['step']}", ""),
-            f"{what} {_cell(base)}, made by {METHODS[told['recipe']]} with TuneServe: {place} checkpoint of its run.",
+            f"{what} {_cell(base)}{_began(told)}, made by {METHODS[told['recipe']]} with TuneServe: {place} checkpoint of its run.",
             *("", "## Figures", "", *_table(_figures(told))),
             *("", "## Data", "", *_table(told["dataset"])),
             *("", "## Options", "", "Those not named had their defaults.", "", *_table(told["options"])),
             *("", "## Use", "", "```python", *_usage(adapter), "```", ""),
         ]
     )
+
+
+def _start(config: RunConfig) -> dict[str, Any]:
+    if config.start_adapter is None:
+        return {}
+    return {"start_adapter": Path(config.start_adapter).name, "merge_start": config.merge_start}
 
 
 def _dataset_names(config: RunConfig) -> list[str]:
@@ -130,6 +136,14 @@ def _dataset_names(config: RunConfig) -> list[str]:
         for one in config.training_sets
         for name in ([one.hub_id] if one.hub_id else [Path(file).name for file in one.data_files or ()])
     ]
+
+
+def _began(told: Mapping[str, Any]) -> str:
+    if "start_adapter" not in told:
+        return ""
+    name = _cell(told["start_adapter"])
+    is_merged = told["merge_start"] or told["kind"] == "full"
+    return f" with the adapter {name} merged in" if is_merged else f", going on from the adapter {name}"
 
 
 def _figures(told: Mapping[str, Any]) -> dict[str, Any]:

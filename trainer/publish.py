@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from lm.adapter import merge_adapter, save_adapter
-from lm.checkpoint import load_weights, save_model
-from lm.model import CausalLM, build_model
-from lm.ops import REFERENCE
+from lm.adapter import write_adapter
+from lm.checkpoint import write_model
+from lm.folder import publish
+from lm.model import CausalLM
+from trainer.card import CheckpointFacts, Kind, card_files
 from trainer.config import RunConfig
+from trainer.model_setup import merged_model
 from trainer.outcome import NoDiskSpace
 from trainer.run_folder import RunFolder
-
-Kind = Literal["full", "adapter", "merged"]
 
 log = logging.getLogger(__name__)
 
@@ -27,22 +26,27 @@ SPARE_BYTES = 64 << 20
 
 
 class Publisher:
-    """Full runs publish the model at each save; LoRA runs the adapter, and beside the last one the merged model.
+    """Where every weight is trained, the model at each save; else the adapter, and beside the last the merged model.
 
-    Models are stored in `dtype`, adapters in fp32.
+    Models are stored in `dtype`, adapters in fp32, each with what it came from (trainer/card.py). `base` is the model
+    that the adapter is for, where that is not the config's.
     """
 
-    def __init__(self, config: RunConfig, folder: RunFolder, dtype: torch.dtype) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, dtype: torch.dtype, *, base: Path | None = None) -> None:
         self.config = config
         self.folder = folder
         self.dtype = dtype
-        self.base = Path(config.model)
+        self.base = base or Path(config.model)
 
-    def check_disk_space(self, model: CausalLM, *, num_saves: int) -> None:
-        """Raises NoDiskSpace, with figures, unless `num_saves` checkpoints fit beside what is on the disk now."""
+    def check_disk_space(self, model: CausalLM, *, num_saves: int, beside: int = 0) -> None:
+        """Raises NoDiskSpace, with figures, unless `num_saves` checkpoints and `beside` bytes fit beside what is there.
+
+        Of the checkpoints as many as the options keep: the best and the last one may be two more.
+        """
+        kept = min(num_saves, (self.config.keep_last_n_checkpoints or num_saves) + 2)
         whole = model.config.num_parameters * self.dtype.itemsize
         adapter = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-        needed = num_saves * whole if self.config.recipe == "full" else num_saves * adapter + whole
+        needed = beside + (kept * adapter + whole if self.config.trains_adapter else kept * whole)
         free = shutil.disk_usage(self.folder.path).free
         if needed + SPARE_BYTES > free:
             raise NoDiskSpace(
@@ -50,31 +54,40 @@ class Publisher:
                 f"{free / 1e9:.2f} GB free in {self.folder.path}; raise save_every_n_steps or free some space"
             )
 
-    def publish(self, model: CausalLM, step: int, *, final: bool) -> Iterator[tuple[Kind, str]]:
-        """Publish this step. Yields the kind and the path in the run folder of each folder, once it is complete."""
-        checkpoint, adapter = (folder / f"step_{step}" for folder in (self.folder.checkpoints, self.folder.adapters))
-        if self.config.recipe == "full":
-            self._save(model, checkpoint)
-            yield "full", self._log_sizes(checkpoint)
-            return
-        base_model = self.config.model_name or self.config.model
-        save_adapter(model, adapter, base_model=base_model)
-        yield "adapter", self._log_sizes(adapter)
-        if final:
-            self._save(self._merged(model, adapter), checkpoint)
-            yield "merged", self._log_sizes(checkpoint)
+    def publish(self, model: CausalLM, facts: CheckpointFacts) -> Iterator[tuple[Kind, str]]:
+        """Publish this step. Yields the kind and the path in the run folder of each folder, once it is complete.
 
-    def _save(self, model: CausalLM, checkpoint: Path) -> None:
+        What the run published before it was killed and resumed is left as it is.
+        """
+        checkpoint, adapter = (root / f"step_{facts.step}" for root in (self.folder.checkpoints, self.folder.adapters))
+        if not self.config.trains_adapter:
+            yield from self._publish("full", checkpoint, facts, lambda folder: self._write_model(model, folder))
+            return
+        yield from self._publish("adapter", adapter, facts, lambda folder: self._write_adapter(model, folder))
+        if facts.final:
+            yield from self._publish(
+                "merged", checkpoint, facts, lambda folder: self._write_model(merged_model(self.base, adapter), folder)
+            )
+
+    def _publish(
+        self, kind: Kind, final: Path, facts: CheckpointFacts, write: Callable[[Path], None]
+    ) -> Iterator[tuple[Kind, str]]:
+        if not final.exists():
+            with publish(final) as folder:
+                write(folder)
+                run = self.folder.path.resolve().name
+                for name, text in card_files(self.config, facts, run=run, kind=kind, base=self.base).items():
+                    (folder / name).write_text(text, encoding="utf-8")
+        yield kind, self._log_sizes(final)
+
+    def _write_model(self, model: CausalLM, folder: Path) -> None:
         file = self.config.tokenizer_file
         tokenizer_file = None if file is None else Path(file)
-        save_model(model.state_dict(), self.base, checkpoint, dtype=self.dtype, tokenizer_file=tokenizer_file)
+        write_model(model.state_dict(), self.base, folder, dtype=self.dtype, tokenizer_file=tokenizer_file)
 
-    def _merged(self, model: CausalLM, adapter: Path) -> CausalLM:
-        """The base as it is on the disk, not as the run rounded it, with the adapter. In fp32, in host memory."""
-        merged = build_model(model.config, device=torch.device("cpu"), dtype=torch.float32, ops=REFERENCE)
-        load_weights(merged, self.base)
-        merge_adapter(merged, adapter)
-        return merged
+    def _write_adapter(self, model: CausalLM, folder: Path) -> None:
+        is_named = self.base == Path(self.config.model) and self.config.model_name is not None
+        write_adapter(model, folder, base_model=str(self.config.model_name if is_named else self.base))
 
     def _log_sizes(self, path: Path) -> str:
         for file in sorted(path.glob("*.safetensors")):

@@ -20,6 +20,7 @@ from torch import Tensor
 from lm.config import load_config
 from lm.device import choose_dtype, memory_figures, resolve_device, seed_everything
 from lm.model import CausalLM
+from trainer.card import CheckpointFacts
 from trainer.config import RunConfig
 from trainer.data.batches import Batch, epoch_steps, in_batches, steps_per_epoch
 from trainer.model_setup import load_model
@@ -183,7 +184,16 @@ class Recipe(ABC):
         if validation_loss is not None:
             self._check_finite(validation_loss=validation_loss)
             self.progress.event("validation", step=self.step, loss=validation_loss)
-        for kind, path in self.publisher.publish(self.model, self.step, final=final):
+        facts = CheckpointFacts(
+            step=self.step,
+            total_steps=self.total_steps,
+            epoch=math.ceil(self.step / self.steps_per_epoch),
+            final=final,
+            trained_tokens=self.trained_tokens,
+            loss=loss,
+            validation_loss=validation_loss,
+        )
+        for kind, path in self.publisher.publish(self.model, facts):
             self.progress.event(
                 "checkpoint",
                 step=self.step,

@@ -73,8 +73,11 @@ def test_a_checkpoint_of_another_one_names_where_it_began_and_its_sets() -> None
     sets = [{"data_files": ["/d/a.json", "/d/b.json"]}, {"hub_id": "org/set", "weight": 0.5}]
     run = config(data_files=None, datasets=sets, start_adapter="/runs/x/adapters/step_3")
     told = json.loads(files(run)["tuneserve.json"])
-    assert told["start_adapter"] == "step_3"
+    assert (told["start_adapter"], told["merge_start"]) == ("step_3", False)
     assert told["dataset"]["names"] == ["a.json", "b.json", "org/set"]
+    assert r"An adapter for smol, going on from the adapter step\_3, made by LoRA" in files(run)["README.md"]
+    merged = files(run.model_copy(update={"merge_start": True}))["README.md"]
+    assert r"An adapter for smol with the adapter step\_3 merged in, made by LoRA" in merged
 
 
 def test_what_travels_is_read_back_and_what_is_damaged_refused(tmp_path: Path) -> None:
