@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -87,33 +87,63 @@ class ChatTemplate:
         """Token ids of `render`. The template writes the BOS itself where the model wants one."""
         return self.tokenizer.encode(self.render(messages, **options), add_special_tokens=False)
 
-    def encode_with_mask(self, messages: Sequence[Message], *, train_on_input: bool) -> tuple[list[int], list[bool]]:
+    def encode_with_mask(
+        self,
+        messages: Sequence[Message],
+        *,
+        train_on_input: bool = False,
+        answers: Container[int] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> tuple[list[int], list[bool]]:
         """Token ids of a whole conversation, and for each whether its prediction is trained.
 
-        Trained are the assistants' contents, each with the token that ends it; with `train_on_input` everything.
+        Trained are the assistants' messages, each with the token that ends it; with `train_on_input` everything.
+        `answers` are the indexes of the assistants' messages that are trained; the others are not, in either case.
         What precedes a trained span is the prompt as `encode` makes it for serving. Raises UserError where the
         template is not prefix-stable, that is where it writes a turn differently once another one follows.
         """
-        check_messages(messages)
+        check_messages(messages, with_tools=True)
+        self._check_knows_tools(messages, tools)
         now = datetime.now()  # one clock for all renderings: a date in the template must not change between them
-        text = self._render(messages, add_generation_prompt=False, now=now)
+        text = self._render(messages, add_generation_prompt=False, now=now, tools=tools)
         ids, ends = self.tokenizer.encode_with_ends(text)
-        if train_on_input:
-            return ids, [True] * len(ids)
-        mask = [False] * len(ids)
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                start, stop = self._answer_span(messages, index, text, now)
-                for position in self._trained_tokens(ids, ends, start, stop):
-                    mask[position] = True
-        if not any(mask):
+        mask = [train_on_input] * len(ids)
+        assistants = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if not assistants and not train_on_input:
             raise UserError("messages: no assistant message, so there is nothing to train on", param="messages")
+        for index in assistants:
+            is_trained = answers is None or index in answers
+            if is_trained != train_on_input:
+                start, stop = self._answer_span(messages, index, text, now, tools)
+                for position in self._trained_tokens(ids, ends, start, stop):
+                    mask[position] = is_trained
         return ids, mask
 
-    def _answer_span(self, messages: Sequence[Message], index: int, text: str, now: datetime) -> tuple[int, int]:
+    def _check_knows_tools(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> None:
+        """What a template does not write cannot be trained."""
+        template = self.default if tools is None else self.tool_use
+        unknown = tools is not None and "tools" not in template.variables
+        has_calls = any(message.get("tool_calls") for message in messages)
+        if unknown or (has_calls and "tool_calls" not in template.source):
+            what = "tools" if unknown else "tool_calls"
+            raise UserError(
+                f"messages: the chat template ({self.origin}) does not write {what}, so they cannot be learned; take a "
+                "model whose template knows tools, or write them into the messages",
+                param="messages",
+            )
+
+    def _answer_span(
+        self,
+        messages: Sequence[Message],
+        index: int,
+        text: str,
+        now: datetime,
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> tuple[int, int]:
         """Where in `text`, the rendered `messages`, the answer `messages[index]` starts and stops (characters)."""
-        prompt = self._render(messages[:index], add_generation_prompt=True, now=now)
-        answered = self._render(messages[: index + 1], add_generation_prompt=False, now=now)
+        prompt = self._render(messages[:index], add_generation_prompt=True, now=now, tools=tools)
+        is_last = index == len(messages) - 1
+        answered = text if is_last else self._render(messages[: index + 1], now=now, tools=tools)
         for rendered, what in ((prompt, "the prompt before"), (answered, "the conversation up to")):
             if not text.startswith(rendered):
                 raise UserError(

@@ -212,9 +212,34 @@ def test_deep_arguments_are_still_written(tmp_path: Path) -> None:
     assert text.count('{"a": ') == 100
 
 
-def test_conversations_with_calls_are_not_trained(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"messages\[1\]\.content: must be a string \(got None\)"):
-        write_chat_model(tmp_path, "qwen2.5").encode_with_mask([USER, call(), RESULT, ANSWER], train_on_input=True)
+@pytest.mark.parametrize("name", ["qwen2.5", "llama3.1", "mistral_v3"])
+def test_calls_and_answers_are_trained_and_results_are_not(tmp_path: Path, name: str) -> None:
+    template = write_chat_model(tmp_path, name)
+    messages = [USER, call(), RESULT, ANSWER]
+    ids, mask = template.encode_with_mask(messages, tools=TOOLS)
+    assert ids == template.encode(messages, tools=TOOLS, add_generation_prompt=False)
+    trained = template.tokenizer.decode([token for token, is_trained in zip(ids, mask, strict=True) if is_trained])
+    assert "get_weather" in trained
+    assert "北京" in trained or "\\u5317" in trained
+    assert "Clear sky." in trained
+    assert "晴" not in trained
+    assert "How is the weather" not in trained
+    _, only_last = template.encode_with_mask(messages, tools=TOOLS, answers=[3])
+    _, both = template.encode_with_mask(messages, tools=TOOLS, answers=[1, 3])
+    assert both == mask
+    first = mask.index(True)
+    assert only_last == [False] * only_last.index(True) + mask[only_last.index(True) :]
+    assert only_last.index(True) > first
+    _, without_call = template.encode_with_mask(messages, tools=TOOLS, answers=[3], train_on_input=True)
+    assert [not one for one in without_call] == [one and not last for one, last in zip(mask, only_last, strict=True)]
+
+
+def test_what_a_template_does_not_write_is_not_trained_in_silence(tmp_path: Path) -> None:
+    template = write_chat_model(tmp_path, "smollm2")
+    with pytest.raises(UserError, match="does not write tools, so they cannot be learned"):
+        template.encode_with_mask([USER, ANSWER], tools=TOOLS)
+    with pytest.raises(UserError, match="does not write tool_calls"):
+        template.encode_with_mask([USER, call(), RESULT, ANSWER])
 
 
 @pytest.mark.parametrize(
