@@ -81,8 +81,10 @@ class TrainingOptions(Strict):
     data_format: DataFormat = "auto"
     """The columns of a record: `instruct` {input, output}; `alpaca` {instruction, input, output}, where `input` may be
     missing, written with Alpaca's two prompts; `sharegpt` {conversations: [{from, value}]}; `messages` {messages:
-    [{role, content}]}; `text` {text}, trained whole, with the end of sequence behind it and no chat template around it.
-    `auto` goes by the columns of each record, and the log says what it found."""
+    [{role, content}], tools}, where an answer of `weight` 0 is not trained; `completion` {prompt, completion}, plain text
+    whose completion is trained; `text` {text}, trained whole, with the end of sequence behind it and no chat template
+    around it; for dpo `preference` {prompt, chosen, rejected}, as texts or messages, or OpenAI's {input: {messages},
+    preferred_output, non_preferred_output}. `auto` goes by the columns of each record, and the log says what it found."""
     column_map: dict[str, str] | None = None
     """What the files call a column, where it is not the standard name: {"input": "question", "output": "answer"}."""
     new_system_prompt: Annotated[str, Field(max_length=1_000_000)] | None = None

@@ -24,9 +24,9 @@ def known_columns(value: dict[str, str] | None) -> dict[str, str] | None:
     return value
 
 
-def is_a_split(value: str) -> str:
+def is_a_split(value: str, *, any_name: bool = False) -> str:
     try:
-        parse_split(value)
+        parse_split(value, any_name=any_name)
     except UserError as error:
         raise ValueError(str(error).removeprefix("split: ")) from error
     return value
@@ -132,13 +132,9 @@ class DatasetConfig(Strict):
     new_system_prompt: Annotated[str, Field(max_length=1_000_000)] | None = None
     prompt_template: dict[Role, Affixes] | None = None
     split: str | None = None
+    """Of a hub's dataset another split than `train`, too: `test[:100]`."""
 
     _known_columns = field_validator("column_map")(known_columns)
-
-    @field_validator("split")
-    @classmethod
-    def _is_a_split(cls, value: str | None) -> str | None:
-        return None if value is None else is_a_split(value)
 
     @model_validator(mode="after")
     def _one_place(self) -> DatasetConfig:
@@ -148,6 +144,8 @@ class DatasetConfig(Strict):
             raise ValueError("hub_config belongs to hub_id; remove it")
         if self.hub_id is not None and self.source is not None:
             raise ValueError("source belongs to data_files; remove it")
+        if self.split is not None:
+            is_a_split(self.split, any_name=self.hub_id is not None)
         return self
 
     def reading(self, default: ReadOptions) -> ReadOptions:

@@ -18,7 +18,7 @@ import pytest
 from lm.template import ChatTemplate, load_template
 from lm.tokenizer import load_tokenizer
 from tests.support.tiny_tokenizers import write_tokenizer
-from trainer.data.dataset import load_dataset
+from trainer.data.encoding import Encoder, Piece
 from trainer.data.options import ReadOptions
 from trainer.data.records import read_records
 
@@ -81,6 +81,25 @@ SAMPLES = {
         content='{"input": "Who are you?", "output": "I am Tuna."}\n',
         rendered=chat(("user", "Who are you?"), ("assistant", "I am Tuna.")),
         trained="I am Tuna.<|eot_id|>",
+    ),
+    "completion": Sample(
+        file="a.jsonl",
+        content='{"prompt": "The capital of France is", "completion": " Paris."}\n',
+        rendered=f"{BOS}The capital of France is Paris.<|eot_id|>",
+        trained=" Paris.<|eot_id|>",
+    ),
+    "completion, train_on_input": Sample(
+        file="a.jsonl",
+        content='{"prompt": "The capital of France is", "completion": " Paris."}\n',
+        train_on_input=True,
+        rendered=f"{BOS}The capital of France is Paris.<|eot_id|>",
+        trained="The capital of France is Paris.<|eot_id|>",
+    ),
+    "messages, one of weight 0": Sample(
+        file="a.jsonl",
+        content=json.dumps({"messages": [*MESSAGES[1:], *MESSAGES[1:2], {**MESSAGES[2], "weight": 0}]}) + "\n",
+        rendered=chat(*[(message["role"], message["content"]) for message in MESSAGES[1:] * 2]),
+        trained="🙂<|eot_id|>",
     ),
     "instruct, train_on_input": Sample(
         file="a.jsonl",
@@ -159,18 +178,25 @@ def write(sample: Sample, folder: Path) -> Path:
     return path
 
 
+def texts(piece: Piece, template: ChatTemplate) -> tuple[str, str]:
+    """The whole of it, and what of it is trained."""
+    ids, spans = (memoryview(data).cast("i").tolist() for data in (piece.ids, piece.spans))
+    trained = [ids[place] for start, stop in zip(spans[::2], spans[1::2], strict=True) for place in range(start, stop)]
+    assert len(trained) == piece.num_trained
+    whole, part = (template.tokenizer.decode(one, skip_special_tokens=False) for one in (ids, trained))
+    return whole, part
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_sample_is_rendered_and_trained_as_its_format_says(
     name: str, llama3: ChatTemplate, tmp_path: Path, figure: Callable[[str, object], None]
 ) -> None:
     sample = SAMPLES[name]
     records = read_records(write(sample, tmp_path), options=ReadOptions(**sample.options))
-    options: dict[str, Any] = {"max_seq_len": 1024, "validation_split": 0.0, "seed": 0}
-    dataset = load_dataset(records, llama3, train_on_input=sample.train_on_input, **options)
-    (example,) = dataset.training
-    decode = llama3.tokenizer.decode
-    rendered = decode(example.ids, skip_special_tokens=False)
-    trained = decode([example.ids[position] for position in example.trained], skip_special_tokens=False)
+    encoder = Encoder(template=llama3, max_seq_len=1024, masking="all" if sample.train_on_input else "assistant")
+    (record,) = records
+    (piece,) = encoder(record).pieces
+    rendered, trained = texts(piece, llama3)
     assert rendered == sample.rendered
     assert trained == sample.trained
     read = f", read with {sample.options}" if sample.options else ""

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 from array import array
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from tests.support.runs import RECORDS, events, losses, make_run, train_here
 from trainer.config import load_run_config
 from trainer.data.batches import Batch, collate, in_batches
 from trainer.data.examples import Example
-from trainer.data.packing import pack
+from trainer.data.packing import join, pack
 from trainer.progress import Progress
 from trainer.supervised import SupervisedRecipe
 
@@ -33,21 +34,40 @@ examples = st.lists(
 )
 
 
+def packed_rows(examples: list[Example], row_length: int) -> list[Example]:
+    order, starts = pack(np.array([len(example.ids) for example in examples]), row_length)
+    return [join([examples[number] for number in order[start:stop]]) for start, stop in pairwise(starts)]
+
+
 @given(examples=examples)
-def test_rows_hold_every_example_in_order_and_are_not_too_long(examples: list[Example]) -> None:
-    rows = pack(examples, ROW)
-    assert [token for row in rows for token in row.ids] == [token for e in examples for token in e.ids]
-    assert [length for row in rows for length in row.lengths or []] == [len(e.ids) for e in examples]
-    trained = [row.ids[position] for row in rows for position in row.trained]
-    assert trained == [e.ids[position] for e in examples for position in e.trained]
+def test_rows_hold_every_example_once_and_are_not_too_long(examples: list[Example]) -> None:
+    rows = packed_rows(examples, ROW)
     assert all(len(row.ids) <= ROW for row in rows)
-    for row, after in pairwise(rows):
-        assert after.lengths is not None
-        assert len(row.ids) + after.lengths[0] > ROW
+    parts = []
+    for row in rows:
+        assert row.lengths is not None
+        for stop, length in zip(accumulate(row.lengths), row.lengths, strict=True):
+            trained = [position - stop + length for position in row.trained if 0 <= position - stop + length < length]
+            parts.append((list(row.ids[stop - length : stop]), trained))
+    assert sorted(parts) == sorted((list(example.ids), list(example.trained)) for example in examples)
+
+
+@given(lengths=st.lists(st.integers(1, ROW), min_size=1, max_size=60))
+def test_no_two_rows_would_fit_into_one(lengths: list[int]) -> None:
+    order, starts = pack(np.array(lengths), ROW)
+    assert sorted(order) == list(range(len(lengths)))
+    filled = sorted(sum(lengths[number] for number in order[start:stop]) for start, stop in pairwise(starts))
+    assert all(one + other > ROW for one, other in pairwise(filled))
+
+
+def test_rows_of_usual_lengths_are_nearly_full() -> None:
+    lengths = np.random.RandomState(0).gamma(2.0, 60.0, 2000).astype(np.int64).clip(8, 512)
+    _, starts = pack(lengths, 512)
+    assert lengths.sum() / (512 * (len(starts) - 1)) > 0.99
 
 
 def test_a_batch_of_rows_numbers_its_documents_and_begins_positions_anew() -> None:
-    batch = collate(pack([example([1, 2, 3], 1), example([4, 5], 1), example([6, 7, 8, 9], 3)], 6))
+    batch = collate([join([example([1, 2, 3], 1), example([4, 5], 1)]), join([example([6, 7, 8, 9], 3)])])
     assert batch.documents is not None
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 0, 0, 0], [6, 7, 8, 9, 0, 0, 0, 0]]
     assert batch.documents.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 0, 1, 1, 1, 1]]
@@ -79,7 +99,7 @@ def test_loss_and_gradients_of_packed_rows_are_those_of_the_examples(
     recipe: SupervisedRecipe, examples: list[Example], batch_size: int
 ) -> None:
     loss, gradients = loss_and_gradients(recipe, list(in_batches(examples, batch_size)))
-    packed_loss, packed = loss_and_gradients(recipe, list(in_batches(pack(examples, ROW), batch_size)))
+    packed_loss, packed = loss_and_gradients(recipe, list(in_batches(packed_rows(examples, ROW), batch_size)))
     torch.testing.assert_close(packed_loss, loss, rtol=0, atol=1e-5)
     for ours, theirs in zip(packed, gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
@@ -91,5 +111,5 @@ def test_a_packed_run_says_how_many_rows_it_has_and_learns(tiny_llama: Path, tmp
     (report,) = events(run, "dataset")
     assert report["records"] == len(RECORDS)
     assert report["rows"] == len(recipe.data.training) < len(RECORDS)
-    assert recipe.total_steps == 2 * -(-report["rows"] // 2)
+    assert events(run, "step")[-1]["total_steps"] == 2 * -(-report["rows"] // 2)
     assert losses(run)[-1] < losses(run)[0]

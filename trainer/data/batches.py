@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.examples import Example, Pair, Row, num_tokens
+from trainer.data.rows import MixedRows
 
 PAD_TO_MULTIPLE_OF = 8
 """Few different shapes, and aligned ones."""
@@ -98,6 +99,8 @@ def epoch_steps(
     The last step takes what is left, and the last batch may be short. Steps before `first_step`, counted from 0, are
     left out; the others are as without it. `batch_size` counts rows: a batch of pairs has twice as many.
     """
+    if isinstance(rows, MixedRows):
+        rows = rows.in_epoch(seed, epoch)
     order = array("q", range(len(rows)))
     random.Random(seed * 1_000_003 + epoch).shuffle(order)
     order.reverse()  # the order of random.sample, which needs the memory of several lists for it

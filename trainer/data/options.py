@@ -6,20 +6,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-DataFormat = Literal["auto", "instruct", "alpaca", "sharegpt", "messages", "text"]
+DataFormat = Literal["auto", "instruct", "alpaca", "sharegpt", "messages", "completion", "preference", "text"]
 Role = Literal["system", "user", "assistant"]
 Source = Literal["auto", "json", "csv", "text", "parquet"]
 
 FORMAT_COLUMNS: dict[str, tuple[str, ...]] = {
     "instruct": ("input", "output"),
     "alpaca": ("instruction", "output", "input"),
-    "sharegpt": ("conversations",),
-    "messages": ("messages",),
+    "sharegpt": ("conversations", "system", "tools"),
+    "messages": ("messages", "tools"),
+    "completion": ("prompt", "completion"),
+    "preference": ("chosen", "rejected", "prompt", "tools"),
+    "openai_preference": ("input", "preferred_output", "non_preferred_output"),
     "text": ("text",),
 }
-"""The columns that each format reads, by their standard names. Alpaca's `input` may be missing or empty."""
+"""The columns that each format reads, by their standard names. `preference` has two layouts, the second one OpenAI's."""
+
+OPTIONAL_COLUMNS = {
+    "alpaca": ("input",),
+    "sharegpt": ("system", "tools"),
+    "messages": ("tools",),
+    "preference": ("prompt", "tools"),
+}
+"""Those that may be missing or null."""
 
 COLUMN_NAMES = tuple(dict.fromkeys(column for columns in FORMAT_COLUMNS.values() for column in columns))
+
+TELLING_COLUMNS = tuple(name for name in COLUMN_NAMES if name not in ("prompt", "system", "tools"))
+"""Those by which a table is known to hold records. The others are names that anything may have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,29 +3,49 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left, insort
 from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from trainer.data.examples import Example
 
 
-def pack(examples: Sequence[Example], row_length: int) -> list[Example]:
-    """Rows of at most `row_length` tokens, filled in order: a row ends where the next example does not fit.
+def pack(lengths: NDArray[np.int64], row_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which examples share a row of at most `row_length` tokens: best-fit decreasing.
 
-    `lengths` of a row says where its examples end. Examples were cut to `row_length` before.
+    From the longest example to the shortest, each goes where it leaves the least room. Returns the examples' numbers
+    row after row, within a row in their own order, and where each row starts among them, with the end as the last.
+    Examples were cut to `row_length` before.
     """
-    rows: list[Example] = []
-    row: list[Example] = []
-    filled = 0
-    for example in examples:
-        if row and filled + len(example.ids) > row_length:
-            rows.append(_join(row))
-            row, filled = [], 0
-        row.append(example)
-        filled += len(example.ids)
-    return [*rows, _join(row)] if row else rows
+    row_of = np.empty(len(lengths), np.int32)
+    rows_with: dict[int, array[int]] = {}
+    rooms: list[int] = []  # the keys of rows_with, sorted
+    shortest, num_rows = int(lengths.min(initial=row_length)), 0
+    for example in np.argsort(-lengths, kind="stable"):
+        length = int(lengths[example])
+        place = bisect_left(rooms, length)
+        if place == len(rooms):
+            row, room = num_rows, row_length
+            num_rows += 1
+        else:
+            room = rooms[place]
+            row = rows_with[room].pop()
+            if not rows_with[room]:
+                del rows_with[rooms.pop(place)]
+        row_of[example] = row
+        if room - length >= shortest:
+            if room - length not in rows_with:
+                rows_with[room - length] = array("i")
+                insort(rooms, room - length)
+            rows_with[room - length].append(row)
+    starts = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=num_rows))])
+    return np.argsort(row_of, kind="stable"), starts
 
 
-def _join(examples: Sequence[Example]) -> Example:
+def join(examples: Sequence[Example]) -> Example:
+    """One row of several examples, whose `lengths` say where each ends."""
     ids, trained, lengths = array("i"), array("i"), array("i")
     for example in examples:
         trained.extend(len(ids) + position for position in example.trained)

@@ -27,8 +27,8 @@ def parquet_values(file: BinaryIO, name: str) -> Iterator[tuple[int, dict[str, A
         for batch in table.iter_batches(batch_size=BATCH_ROWS):
             for row in batch.to_pylist():
                 number += 1
-                check_size(_num_bytes(row), f"{name}, record {number} (row {number})")
-                yield number, {column: _without_nulls(value) for column, value in row.items()}
+                check_size(num_bytes(row), f"{name}, record {number} (row {number})")
+                yield number, {column: without_nulls(value) for column, value in row.items()}
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).split("\n", 1)[0]
         raise DataError(f"{name}, row {number + 1}: cannot be read as Parquet: {reason:.300}") from error
@@ -43,15 +43,15 @@ def _check_shape(table: pq.ParquetFile, name: str) -> None:
         raise DataError(f"{name}: a row group of {largest} bytes, more than {limit}; write it with smaller row groups")
 
 
-def _num_bytes(value: object) -> int:
+def num_bytes(value: object) -> int:
     if isinstance(value, dict):
-        return sum(map(_num_bytes, value.values()))
+        return sum(map(num_bytes, value.values()))
     if isinstance(value, list | tuple):
-        return sum(map(_num_bytes, value))
+        return sum(map(num_bytes, value))
     return len(value) if isinstance(value, str | bytes) else 8
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,6 +1,6 @@
 """Training records as users write them: read, checked, and brought into the form that is trained on. Torch-free.
 
-A data file is JSON, JSONL, CSV, Parquet or text (sources.py), its records have one of five forms (formats.py). All but
+A data file is JSON, JSONL, CSV, Parquet or text (sources.py), its records have one of seven forms (formats.py). All but
 plain text become chat messages, so that training and serving share the chat template. Knows no tokenizer.
 """
 
@@ -14,10 +14,11 @@ from trainer.data.errors import DataError, kind
 from trainer.data.formats import (
     COLUMNS,
     CONVERTERS,
-    Messages,
+    Content,
     RecordReader,
     check_has_columns,
     find_format,
+    public_name,
     used_columns,
     with_prompts,
 )
@@ -28,17 +29,13 @@ DEFAULT_OPTIONS = ReadOptions()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class Record(Content):
     """One record of a data file, checked."""
 
-    messages: Messages
-    """Empty where there is `text`."""
     where: str
     """Where it stands, for error messages: `train.jsonl, record 3 (line 5)`."""
-    unused_columns: tuple[str, ...]
+    unused_columns: tuple[str, ...] = ()
     """Columns of the file that training does not look at."""
-    text: str | None = None
-    """Text without turns, trained as it is."""
     data_format: str = "messages"
     """Which form it was written in."""
 
@@ -77,19 +74,15 @@ def to_record(
         raise DataError(f"{where}: must be an object, not {kind(record)}; {COLUMNS}", param=param)
     data_format = find_format(record, options, where, param)
     check_has_columns(record, data_format, options, where, param)
-    reader = RecordReader(record, options, where, param)
-    text = _plain_text(reader) if data_format == "text" else None
-    messages = with_prompts(CONVERTERS[data_format](reader), options) if text is None else []
+    content = CONVERTERS[data_format](RecordReader(record, options, where, param))
     used = used_columns(data_format, options)
-    unused = (*(key for key in record if key not in used), *reader.unused_fields)
-    return Record(messages=messages, where=where, unused_columns=unused, text=text, data_format=data_format)
-
-
-def _plain_text(reader: RecordReader) -> str:
-    text = reader.text("text")
-    for option in ("new_system_prompt", "prompt_template"):
-        if getattr(reader.options, option) is not None:
-            raise DataError(f"{reader.where}: {option} is for chats, and this record is plain text", param=option)
-    if not text:
-        raise DataError(f"{reader.where}: the text is empty, so there is nothing to learn", param=reader.param)
-    return text
+    return Record(
+        messages=with_prompts(content.messages, options),
+        rejected=with_prompts(content.rejected, options),
+        tools=content.tools,
+        text=content.text,
+        prompt=content.prompt,
+        where=where,
+        unused_columns=(*(key for key in record if key not in used), *content.unused_fields),
+        data_format=public_name(data_format),
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer.data.errors import DataError
 from trainer.data.json_source import json_values
-from trainer.data.options import COLUMN_NAMES, ReadOptions, Source
+from trainer.data.options import TELLING_COLUMNS, ReadOptions, Source
 from trainer.data.parquet_source import MAGIC, parquet_values
 from trainer.data.text_sources import csv_values, text_values
 
@@ -60,7 +60,7 @@ def is_unknown_table(path: Path, name: str, options: ReadOptions) -> bool:
     """Whether the file is a table with rows, and none of its columns is of a known format. Raises DataError."""
     _, first = next(read_values(path, name, options), ("", None))
     is_table = find_source(path, name, options) in ("csv", "parquet")
-    return is_table and first is not None and not any(options.column(column) in first for column in COLUMN_NAMES)
+    return is_table and first is not None and not any(options.column(column) in first for column in TELLING_COLUMNS)
 
 
 def _has_known_header(start: bytes, options: ReadOptions) -> bool:
@@ -69,4 +69,4 @@ def _has_known_header(start: bytes, options: ReadOptions) -> bool:
         header = next(csv.reader([line]), [])
     except csv.Error:
         return False
-    return any(options.column(column) in header for column in COLUMN_NAMES)
+    return any(options.column(column) in header for column in TELLING_COLUMNS)

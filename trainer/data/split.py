@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from lm.errors import UserError
@@ -28,6 +28,7 @@ class Split:
     stop: int | None = None
     in_percent: bool = False
     text: str = WHOLE
+    name: str = WHOLE
 
     @property
     def needs_count(self) -> bool:
@@ -50,17 +51,21 @@ class Split:
         return min(num_records, max(0, bound + num_records if bound < 0 else bound))
 
 
-def parse_split(text: str) -> Split:
-    """Raises UserError that names the value and what may stand there."""
+def parse_split(text: str, *, any_name: bool = False) -> Split:
+    """With `any_name` of another split, too, as in `validation[:100]`. Raises UserError that names the value and what
+    may stand there.
+    """
     match = _slice.fullmatch(text)
     if match is None:
         raise UserError(f"split: {text!r:.80} is not a split; {MEND}", param="split")
     name, start, start_unit, colon, stop, stop_unit = match.groups()
-    if name != WHOLE:
+    if not any_name and name != WHOLE:
         raise UserError(f"split: {text!r:.80}: files of data have the split {WHOLE} only; {MEND}", param="split")
+    if not name:
+        raise UserError(f"split: {text!r:.80} names no split; {MEND}", param="split")
     if colon is None:
-        return Split(text=text)
-    return _checked(start, start_unit, stop, stop_unit, text)
+        return Split(text=text, name=name)
+    return replace(_checked(start, start_unit, stop, stop_unit, text), name=name)
 
 
 def _checked(start: str | None, start_unit: str | None, stop: str | None, stop_unit: str | None, text: str) -> Split:
