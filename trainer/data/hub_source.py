@@ -14,7 +14,8 @@ from typing import Any
 from trainer.data.errors import DataError, check_columns, check_size
 from trainer.data.parquet_source import num_bytes, without_nulls
 
-BATCH_ROWS = 64
+MEDIA = ("Image", "Audio", "Video", "Pdf")
+"""Columns that are not looked at, and not decoded."""
 
 
 class HubDataset:
@@ -40,15 +41,19 @@ class HubDataset:
         finally:
             datasets.utils.logging.set_verbosity(quiet)
         check_columns(self._rows.column_names, self.name, "")
+        media = tuple(getattr(datasets, name) for name in MEDIA if hasattr(datasets, name))
+        plain = [name for name, feature in self._rows.features.items() if not isinstance(feature, media)]
+        self._plain = self._rows.select_columns(plain)
+
+    @property
+    def num_records(self) -> int:
+        return int(self._rows.num_rows)
 
     def values(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """The rows as JSON values, each with its place."""
-        number = 0
-        for batch in self._rows.with_format("arrow").iter(batch_size=BATCH_ROWS):
-            for row in batch.to_pylist():
-                number += 1
-                check_size(num_bytes(row), f"{self.name}, record {number} (row {number})")
-                yield f"row {number}", {column: without_nulls(value) for column, value in row.items()}
+        for number, row in enumerate(self._plain, start=1):
+            check_size(num_bytes(row), f"{self.name}, record {number} (row {number})")
+            yield f"row {number}", {column: without_nulls(value) for column, value in row.items()}
 
     def digest(self) -> str:
         """Of the content: the same wherever it was loaded."""
