@@ -16,7 +16,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -116,7 +116,8 @@ class _Worker:
     def __exit__(self, *error: object) -> None:
         self._process.kill()
         for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
+            assert pipe is not None
+            with suppress(BrokenPipeError):  # what it has not read is of no use any more
                 pipe.close()
         self._process.wait()
 
