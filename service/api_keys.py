@@ -1,7 +1,10 @@
-"""The keys that clients must show: how they are written, and a file of them. No message shows one. Torch-free."""
+"""The keys that clients must show, and the one that signs webhooks: how they are written, and a file of them. No message
+shows one. Torch-free."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +18,7 @@ from trainer.strict import SECRET
 KEY = re.compile(r"[A-Za-z0-9._~+/=:@!#$%^&*|-]{1,512}")
 ALLOWED = "a key has 1 to 512 letters, digits and signs among . _ ~ + / = : @ ! # $ % ^ & * | -"
 MAX_KEYS = 1000
+MIN_SECRET = 16
 MAX_FILE_BYTES = 1 << 20
 
 
@@ -34,7 +38,30 @@ def parse_keys(value: object) -> tuple[SecretStr, ...]:
     return tuple(map(SecretStr, keys))
 
 
+def parse_webhook_secret(value: object) -> SecretStr | None:
+    if value is None or isinstance(value, SecretStr):
+        return value
+    if not isinstance(value, str) or len(value) < MIN_SECRET:
+        raise PydanticCustomError(SECRET, f"a text of at least {MIN_SECRET} characters is expected")
+    try:
+        secret_bytes(value)
+    except ValueError as error:
+        raise PydanticCustomError(SECRET, f"{error}") from None
+    return SecretStr(value)
+
+
+def secret_bytes(secret: str) -> bytes:
+    """The key of a webhook secret: what stands behind `whsec_` in base64, or the text itself. Raises ValueError."""
+    if not secret.startswith("whsec_"):
+        return secret.encode()
+    try:
+        return base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+    except binascii.Error:
+        raise ValueError("what follows whsec_ must be base64") from None
+
+
 ApiKeys = Annotated[tuple[SecretStr, ...], PlainValidator(parse_keys)]
+WebhookSecret = Annotated[SecretStr | None, PlainValidator(parse_webhook_secret)]
 
 
 def read_key_file(path: Path) -> tuple[SecretStr, ...]:

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 from lm.errors import UserError
 from lm.folder import user_path
 from lm.layout import is_model_folder
-from service.api_keys import ApiKeys, read_key_file
+from service.api_keys import ApiKeys, WebhookSecret, read_key_file
 from service.database import registered_folder
 from trainer.strict import ConfigLoader, Strict, parse_options, read_config
 
@@ -22,7 +22,7 @@ PREFIX = "TUNESERVE_"
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
 UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 BINARY_UNITS = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
-SECRETS = ("api_keys",)
+SECRETS = ("api_keys", "webhook_secret")
 """Settings whose text is taken as it stands, so that no mistake in reading it is shown."""
 DEVICE = r"^(auto|cpu|(cuda|npu)(:\d+)?)$"
 
@@ -100,6 +100,11 @@ class Settings(Strict):
     engine_silence_seconds: Annotated[float, Field(gt=0, le=86_400)] | None = 300.0
     """An engine that says nothing for so long while requests run hangs: it is killed, at the latest after twice that time,
     and started again. null lets it hang."""
+    webhook_secret: WebhookSecret = None
+    """What signs the webhooks of jobs (Standard Webhooks, HMAC-SHA256): `whsec_` and base64, or any text of 16 characters or
+    more. Best in TUNESERVE_WEBHOOK_SECRET. Without it no job can have a webhook."""
+    webhook_allow_private: bool = False
+    """Let webhooks go to addresses of private networks and of this machine, too."""
     drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long running requests may go on after the service was asked to stop, and before the engine sleeps."""
     serving_while_training: Literal["auto", "share", "sleep"] = "auto"
