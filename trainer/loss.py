@@ -54,7 +54,7 @@ class _CrossEntropy(torch.autograd.Function):
             grad_logits = log_probs.exp_().scatter_add_(1, target, -ones).to(h.dtype)
             torch.mm(grad_logits, head, out=grad)
             if grad_weight is not None:
-                _add_product(grad_weight, grad_logits.T, h)
+                add_product(grad_weight, grad_logits.T, h)
         ctx.grads = grad_hidden, grad_weight
         ctx.mark_non_differentiable(num_right)
         return loss, num_right
@@ -72,7 +72,7 @@ def _num_right(scores: Tensor, chosen: Tensor) -> Tensor:
     return (chosen[:, 0] >= scores.amax(-1)).sum(dtype=torch.float32)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, summed in total's precision."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)

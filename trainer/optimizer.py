@@ -14,12 +14,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from trainer.adamw_8bit import AdamW8bit
 from trainer.option_groups import OptimizerConfig
 
-ADAMW = OptimizerConfig()
 FUSED_DEVICES = ("cpu", "cuda")
 
 
 def build_optimizer(
-    parameters: Sequence[Parameter], config: OptimizerConfig = ADAMW, *, weight_decay: float
+    parameters: Sequence[Parameter], config: OptimizerConfig, *, weight_decay: float
 ) -> torch.optim.Optimizer:
     """Decay is on matrices only; norms and biases are left out. The caller sets the rate each step."""
     groups: list[dict[str, Any]] = [

@@ -29,6 +29,8 @@ class Batch:
     targets: Tensor  # (N,) the trained tokens
     num_tokens: int
     """Tokens without padding."""
+    pairs: tuple[int, ...] = ()
+    """The numbers of the pairs, where the batch is of pairs."""
 
     @property
     def num_trained(self) -> int:
@@ -42,6 +44,7 @@ class Batch:
             target_rows=self.target_rows.to(device),
             targets=self.targets.to(device),
             num_tokens=self.num_tokens,
+            pairs=self.pairs,
         )
 
 
@@ -63,6 +66,7 @@ def collate(rows: Sequence[Row]) -> Batch:
         target_rows=torch.tensor(predictors),
         targets=torch.tensor(targets),
         num_tokens=sum(len(example.ids) for example in examples),
+        pairs=tuple(row.number for row in rows if isinstance(row, Pair)),
     )
 
 

@@ -23,6 +23,8 @@ class Pair:
 
     chosen: Example
     rejected: Example
+    number: int = 0
+    """Which pair of the data it is, whatever their order."""
 
 
 Row = Example | Pair

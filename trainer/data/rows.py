@@ -61,8 +61,8 @@ class PairRows(Rows):
         return len(self.numbers)
 
     def read(self, index: int) -> Pair:
-        number = 2 * int(self.numbers[index])
-        return Pair(self.store[number], self.store[number + 1])
+        number = int(self.numbers[index])
+        return Pair(self.store[2 * number], self.store[2 * number + 1], number)
 
 
 class PackedRows(Rows):
