@@ -14,6 +14,10 @@ class Cancelled(Exception):
     """Somebody asked the run to stop."""
 
 
+class Paused(Exception):
+    """Somebody asked the run to stop in such a way that it can go on later."""
+
+
 class NonFiniteLoss(Exception):
     """The loss or the norm of the gradients is NaN or infinite."""
 
@@ -26,6 +30,8 @@ def result_of(error: Exception, config: RunConfig | None) -> RunResult:
     """The result of a run that `error` ended. `config` is None where the error is in the config."""
     if isinstance(error, Cancelled):
         return RunResult(status="cancelled")
+    if isinstance(error, Paused):
+        return RunResult(status="paused")
     if isinstance(error, UserError):
         code = "invalid_training_file" if isinstance(error, DataError) else "invalid_config"
         return _failed(code, str(error), error.param)

@@ -15,13 +15,20 @@ class Plan:
     total_steps: int
     save_interval: int
     """A checkpoint follows every so many steps, and the last one."""
+    validate_interval: int | None
+    """The held-out records are measured every so many steps, too."""
 
     @property
     def num_checkpoints(self) -> int:
         return math.ceil(self.total_steps / self.save_interval)
 
     def saves(self, step: int) -> bool:
+        """Whether a checkpoint of this step is published, whatever its validation says."""
         return step == self.total_steps or step % self.save_interval == 0
+
+    def validates(self, step: int) -> bool:
+        """Whether the held-out records, if there are any, are measured behind this step."""
+        return self.saves(step) or (self.validate_interval is not None and step % self.validate_interval == 0)
 
 
 def plan_run(options: TrainingOptions, num_rows: int) -> Plan:
@@ -37,4 +44,5 @@ def plan_run(options: TrainingOptions, num_rows: int) -> Plan:
         epochs=epochs,
         total_steps=total,
         save_interval=options.save_every_n_steps or default_interval,
+        validate_interval=options.validate_every_n_steps,
     )

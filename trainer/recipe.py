@@ -12,25 +12,38 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lm.config import load_config
-from lm.device import choose_dtype, memory_figures, resolve_device, seed_everything
+from lm.device import (
+    choose_dtype,
+    limit_memory,
+    memory_figures,
+    random_state,
+    resolve_device,
+    seed_everything,
+)
 from lm.model import CausalLM
-from trainer.card import CheckpointFacts
 from trainer.config import RunConfig
-from trainer.data.batches import Batch, epoch_steps, in_batches, steps_per_epoch
-from trainer.model_setup import load_model
-from trainer.optimizer import build_optimizer, clip_gradients, set_learning_rate
-from trainer.outcome import NonFiniteLoss
+from trainer.data.batches import Batch, epoch_steps, in_batches
+from trainer.estimate import optimizer_bytes
+from trainer.milestones import Milestones
+from trainer.model_setup import load_model, prepare_base
+from trainer.optimizer import UpdatesInBackward, build_optimizer, clip_gradients, set_learning_rate
+from trainer.outcome import NonFiniteLoss, Paused
+from trainer.plan import plan_run
+from trainer.position import Position
 from trainer.prepare import prepare_data
 from trainer.progress import Progress, StepReport
 from trainer.publish import Publisher
 from trainer.run_folder import RunFolder
+from trainer.samples import load_samples
 from trainer.schedule import learning_rate
+from trainer.state import check_data, collect_tensors, read_state, restore, save_state
+from trainer.validation import Validation, perplexity
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +78,14 @@ class Recipe(ABC):
       (trained tokens, or pairs), so how a step is divided into batches does not change it.
     - `enable_activation_checkpointing`: less memory for a third more time; the same numbers.
     - A step whose loss or gradients are not finite is not taken: it ends the run, and no checkpoint follows.
+    - A run that is killed or paused goes on from its last state to the same bits, where the device computes the same
+      twice, as a CPU does (trainer/state.py). A step that was not ended is thrown away and taken again.
 
-    `check_cancelled` is called between batches and raises when the run shall stop.
+    `check_cancelled` is called between batches and raises when the run shall stop; on Paused the state is saved first.
     """
 
+    UNIT: ClassVar[Literal["token", "pair"]]
+    """What a step's means are taken over."""
     FIGURES: ClassVar[tuple[str, ...]]
     """What is measured beside the loss: fields of StepReport, each a mean over the units of a step."""
 
@@ -78,7 +95,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def num_units(self, batch: Batch) -> int:
-        """What a step's means are taken over: trained tokens, or pairs."""
+        """How many trained tokens, or pairs, are in a batch."""
 
     def __init__(
         self, config: RunConfig, folder: RunFolder, progress: Progress, check_cancelled: Callable[[], None]
@@ -87,19 +104,21 @@ class Recipe(ABC):
         self.folder = folder
         self.progress = progress
         self.check_cancelled = check_cancelled
-        self.base = Path(config.model)
-        self.model_config = load_config(self.base)
+        self.model_config = load_config(Path(config.model))
         self.choice = resolve_device(config.device)
         self.device = self.choice.device
         self.precision = choose_dtype(config.dtype, self.device)
         log.info(f"Device: {self.device} ({self.choice.name}). {self.choice.reason}")
         log.info(f"Precision: {self.precision.name}. {self.precision.reason}")
-        self.publisher = Publisher(config, folder, self.precision.dtype)
-        self.step = 0
-        self.trained_tokens = 0
+        if config.memory_fraction is not None:
+            limit_memory(self.device, config.memory_fraction)
+        self.position = Position()
 
-    def setup(self) -> None:
-        """Check the data first, since that is quick, then load what is trained."""
+    def setup(self, *, resume: bool = False) -> None:
+        """Check the data first, since that is quick, then load what is trained, and its state if the run goes on."""
+        state = read_state(self.folder, self.config) if resume else None
+        if resume:
+            self.progress.resume(state.position.step if state else 0)
         seed_everything(self.config.seed, self.device)
         self.data = prepare_data(
             self.config,
@@ -108,103 +127,118 @@ class Recipe(ABC):
             progress=self.progress,
             check_cancelled=self.check_cancelled,
         )
-        self.steps_per_epoch = steps_per_epoch(
-            len(self.data.training),
-            batch_size=self.config.batch_size,
-            accumulation=self.config.gradient_accumulation_steps,
-        )
-        self.epochs = self.config.planned_epochs(self.steps_per_epoch)
-        planned = self.epochs * self.steps_per_epoch
-        self.total_steps = min(planned, self.config.max_steps or planned)
-        default_interval = self.steps_per_epoch if self.config.epochs else math.ceil(self.total_steps / 3)
-        self.save_interval = self.config.save_every_n_steps or default_interval
+        if state is not None:
+            check_data(state, self.data.fingerprint)
+        self.plan = plan_run(self.config, len(self.data.training))
+        self.base = prepare_base(self.config, self.folder, self.precision.dtype)
+        self.milestones = self._milestones()
         self.check_cancelled()
         self.model = self.load()
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = build_optimizer(self.trained, weight_decay=self.config.weight_decay)
+        self.optimizer = build_optimizer(self.trained, self.config.optimizer, weight_decay=self.config.weight_decay)
+        self.updates = UpdatesInBackward(self.optimizer) if self.config.optimizer_in_backward else None
         log.info("Optimizer is initialized.")
         log.info("Loss is initialized.")
+        if state is not None:
+            restore(state, self.model, self.optimizer, self.device)
+            self.position = state.position
+            log.info(f"The run goes on behind step {self.position.step} of {self.plan.total_steps}.")
         self._report_start()
-        self.publisher.check_disk_space(self.model, num_saves=sum(map(self._saves, range(1, self.total_steps + 1))))
+        self._check_disk_space()
 
     def load(self) -> CausalLM:
         """The model as the run begins. A recipe that asks it as a reference does so here, before a state is restored."""
         return load_model(self.config, self.base, device=self.device, precision=self.precision)
 
     def train(self) -> None:
+        """Take the steps that are left. Raises what ends the run early."""
+        self.random = random_state(self.device)
+        try:
+            ended = not self.position.finished and self._end_step()
+            while not ended and self.position.step < self.plan.total_steps:
+                ended = self._train_epoch(*divmod(self.position.step, self.plan.steps_per_epoch))
+        except Paused:
+            self.save_state()
+            raise
+
+    def _train_epoch(self, index: int, first_step: int) -> bool:
+        """Train what is left of an epoch. Returns whether the run has come to an early end."""
+        plan = self.plan
+        total = min(plan.steps_per_epoch, plan.total_steps - index * plan.steps_per_epoch)
+        steps = itertools.islice(self._steps(index + 1, first_step), total - first_step)
         window_start = time.perf_counter()
-        for epoch in range(1, math.ceil(self.total_steps / self.steps_per_epoch) + 1):
-            num_steps = min(self.steps_per_epoch, self.total_steps - self.step)
-            for batches in self.progress.bar(itertools.islice(self._steps(epoch), num_steps), num_steps):
-                self.step += 1
-                rate = self._learning_rate()
-                means = self.train_step(batches, rate)
-                self._report_step(epoch, batches, means, rate, time.perf_counter() - window_start)
-                if self._saves(self.step):
-                    self.save(means.loss)
-                window_start = time.perf_counter()
+        for batches in self.progress.bar(steps, total, first_step):
+            rate = self._learning_rate(self.position.step + 1)
+            means = self.train_step(batches, rate)
+            self._take(means, batches, rate, time.perf_counter() - window_start)
+            if self._end_step():
+                return True
+            window_start = time.perf_counter()
+        return False
 
     def train_step(self, batches: list[Batch], rate: float) -> Means:
         """One optimizer step: the means over its units, and the norm of the gradients before clipping."""
+        set_learning_rate(self.optimizer, rate)
         units = sum(map(self.num_units, batches))
         losses, figures = [], []
         for batch in batches:
             self.check_cancelled()
             sums = self.sums(batch)
             loss = sums.loss / units
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             losses.append(loss.detach())
             figures.append(sums.figures)
-        norm = clip_gradients(self.trained, self.config.max_grad_norm)
+        norm = self.updates.norm() if self.updates else clip_gradients(self.trained, self.config.max_grad_norm)
         means = torch.stack(figures).sum(0) / units
         loss_value, norm_value, *values = torch.cat(
             [torch.stack([torch.stack(losses).sum(), norm]), means]
         ).tolist()  # the step's only host sync
-        self._check_finite(loss=loss_value, grad_norm=norm_value)
-        set_learning_rate(self.optimizer, rate)
+        self._check_finite(self.position.step + 1, loss=loss_value, grad_norm=norm_value)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return Means(loss_value, norm_value, dict(zip(self.FIGURES, values, strict=True)))
 
     @torch.no_grad()
-    def validate(self) -> float | None:
-        """Mean loss over the units of the held-out records. None when there are none."""
+    def validate(self) -> Validation | None:
+        """Means over the held-out records. None when there are none."""
         if not self.data.validation:
             return None
+        losses, figures, units = [], [], 0
         self.model.eval()
-        batches = list(in_batches(self.data.validation, self.config.batch_size))
-        total = torch.stack([self.sums(batch).loss for batch in batches]).sum().item()
-        self.model.train()
-        return float(total) / sum(map(self.num_units, batches))
-
-    def save(self, loss: float) -> None:
-        """Publish a checkpoint of this step, and say so."""
-        final = self.step == self.total_steps
-        validation_loss = self.validate()
-        if validation_loss is not None:
-            self._check_finite(validation_loss=validation_loss)
-            self.progress.event("validation", step=self.step, loss=validation_loss)
-        facts = CheckpointFacts(
-            step=self.step,
-            total_steps=self.total_steps,
-            epoch=math.ceil(self.step / self.steps_per_epoch),
-            final=final,
-            trained_tokens=self.trained_tokens,
+        try:
+            for batch in in_batches(self.data.validation, self.config.batch_size):
+                self.check_cancelled()
+                sums = self.sums(batch)
+                losses.append(sums.loss)
+                figures.append(sums.figures)
+                units += self.num_units(batch)
+        finally:
+            self.model.train()
+        totals = torch.cat([torch.stack(losses).sum()[None], torch.stack(figures).sum(0)])
+        loss, *values = [total / units for total in totals.tolist()]
+        return Validation(
             loss=loss,
-            validation_loss=validation_loss,
+            figures=dict(zip(self.FIGURES, values, strict=True)),
+            perplexity=perplexity(loss) if self.UNIT == "token" else None,
         )
-        for kind, path in self.publisher.publish(self.model, facts):
-            self.progress.event(
-                "checkpoint",
-                step=self.step,
-                kind=kind,
-                path=path,
-                final=final,
-                loss=loss,
-                validation_loss=validation_loss,
-            )
+
+    def save_state(self) -> None:
+        """Keep what the run can go on from behind the last step."""
+        if self.position.step > 0:
+            tensors = collect_tensors(self.model, self.optimizer, self.random)
+            save_state(self.folder, self.position, tensors, config=self.config, fingerprint=self.data.fingerprint)
 
     # ---- parts of setup
+
+    def _milestones(self) -> Milestones:
+        return Milestones(
+            config=self.config,
+            plan=self.plan,
+            progress=self.progress,
+            publisher=Publisher(self.config, self.folder, self.precision.dtype, base=self.base),
+            samples=load_samples(self.config, self.base, self.model_config.max_position_embeddings),
+            dataset=self.data.report,
+        )
 
     def _report_start(self) -> None:
         self.progress.event(
@@ -214,37 +248,84 @@ class Recipe(ABC):
             device_reason=self.choice.reason,
             dtype=self.precision.name,
             dtype_reason=self.precision.reason,
-            epochs=self.epochs,
+            epochs=self.plan.epochs,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            total_steps=self.plan.total_steps,
             parameters=self.model_config.num_parameters,
             trainable_parameters=sum(parameter.numel() for parameter in self.trained),
         )
 
+    def _check_disk_space(self) -> None:
+        """The old state goes once the new one is whole, so there are two for a while."""
+        state = sum(parameter.nbytes for parameter in self.trained) + optimizer_bytes(self.model_config, self.config)
+        left = self.plan.num_checkpoints - self.position.step // self.plan.save_interval
+        self.milestones.publisher.check_disk_space(self.model, num_saves=left, beside=2 * state)
+
     # ---- parts of a step
 
-    def _steps(self, epoch: int) -> Iterator[list[Batch]]:
+    def _steps(self, epoch: int, first_step: int) -> Iterator[list[Batch]]:
         return epoch_steps(
             self.data.training,
             batch_size=self.config.batch_size,
             accumulation=self.config.gradient_accumulation_steps,
             seed=self.config.seed,
             epoch=epoch,
+            first_step=first_step,
         )
 
-    def _learning_rate(self) -> float:
+    def _learning_rate(self, step: int) -> float:
         return learning_rate(
-            self.step,
-            total_steps=self.total_steps,
+            step,
+            total_steps=self.plan.total_steps,
             peak=self.config.peak_learning_rate,
             warmup_ratio=self.config.warmup_ratio,
             warmup_steps=self.config.warmup_steps,
             schedule=self.config.lr_schedule,
         )
 
-    def _check_finite(self, **numbers: float) -> None:
+    def _take(self, means: Means, batches: list[Batch], rate: float, seconds: float) -> None:
+        """A step was taken: from here on the run would go on behind it."""
+        num_trained = sum(batch.num_trained for batch in batches)
+        position = self.position
+        position.step += 1
+        position.finished = False
+        position.trained_tokens += num_trained
+        position.means = {"loss": means.loss, **means.figures}
+        self.random = random_state(self.device)
+        self.progress.step(
+            StepReport(
+                step=position.step,
+                total_steps=self.plan.total_steps,
+                epoch=math.ceil(position.step / self.plan.steps_per_epoch),
+                loss=means.loss,
+                learning_rate=rate,
+                grad_norm=means.grad_norm,
+                trained_tokens_per_second=num_trained / seconds,
+                processed_tokens_per_second=sum(batch.num_tokens for batch in batches) / seconds,
+                trained_tokens=position.trained_tokens,
+                peak_memory_bytes=memory_figures(self.device).peak_allocated,
+                **means.figures,
+            )
+        )
+
+    def _end_step(self) -> bool:
+        """What follows a step. Returns whether the run ends with it, before its planned end."""
+        step = self.position.step
+        validation = self.validate() if self.plan.validates(step) else None
+        if validation is not None:
+            self._check_finite(step, validation_loss=validation.loss)
+        with self.autocast():
+            passed = self.milestones.passed(self.model, self.position, validation)
+        self.position.finished = True
+        if passed.saved and not passed.ends and step < self.plan.total_steps:
+            self.save_state()
+        return passed.ends
+
+    def _check_finite(self, step: int, **numbers: float) -> None:
         if not all(map(math.isfinite, numbers.values())):
             figures = ", ".join(f"{name} {number}" for name, number in numbers.items())
             raise NonFiniteLoss(
-                f"step {self.step}: {figures}; lower learning_rate (now {self.config.peak_learning_rate}) or look for "
+                f"step {step}: {figures}; lower learning_rate (now {self.config.peak_learning_rate}) or look for "
                 f"damaged weights in {self.config.model}"
             )
 
@@ -252,25 +333,3 @@ class Recipe(ABC):
         if self.precision.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.precision.dtype)
-
-    def _saves(self, step: int) -> bool:
-        return step == self.total_steps or step % self.save_interval == 0
-
-    def _report_step(self, epoch: int, batches: list[Batch], means: Means, rate: float, seconds: float) -> None:
-        num_trained = sum(batch.num_trained for batch in batches)
-        self.trained_tokens += num_trained
-        self.progress.step(
-            StepReport(
-                step=self.step,
-                total_steps=self.total_steps,
-                epoch=epoch,
-                loss=means.loss,
-                learning_rate=rate,
-                grad_norm=means.grad_norm,
-                trained_tokens_per_second=num_trained / seconds,
-                processed_tokens_per_second=sum(batch.num_tokens for batch in batches) / seconds,
-                trained_tokens=self.trained_tokens,
-                peak_memory_bytes=memory_figures(self.device).peak_allocated,
-                **means.figures,
-            )
-        )

@@ -114,6 +114,10 @@ class RunFolder:
             for path in parent.glob(".*.tmp"):
                 shutil.rmtree(path, ignore_errors=True)
 
+    def remove_state(self) -> None:
+        """Remove what only serves to go on, once there is nothing to go on with."""
+        shutil.rmtree(self.state, ignore_errors=True)
+
     def remove_states(self, *, but: int | None = None) -> None:
         """Remove the training states, except that of step `but`. One is renamed first, so that no half of it is found."""
         for path in self.state.glob("step_*"):

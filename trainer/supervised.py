@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from trainer.data.batches import Batch
 from trainer.loss import cross_entropy
@@ -13,6 +13,7 @@ class SupervisedRecipe(Recipe):
     """Learns to continue as the data does: cross entropy on trained tokens only, their logits in chunks
     (trainer/loss.py)."""
 
+    UNIT: ClassVar[Literal["token", "pair"]] = "token"
     FIGURES: ClassVar[tuple[str, ...]] = ("token_accuracy",)
 
     def sums(self, batch: Batch) -> Sums:

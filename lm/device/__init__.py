@@ -11,7 +11,7 @@ from lm.device.bandwidth import peak_bandwidth
 from lm.device.detect import DeviceChoice, resolve_device
 from lm.device.memory import MemoryFigures, limit_memory, memory_figures, reset_peak_memory
 from lm.device.precision import DtypeChoice, choose_dtype
-from lm.device.runtime import seed_everything, synchronize
+from lm.device.runtime import random_state, restore_random_state, seed_everything, synchronize
 
 __all__ = [
     "DeviceChoice",
@@ -21,8 +21,10 @@ __all__ = [
     "limit_memory",
     "memory_figures",
     "peak_bandwidth",
+    "random_state",
     "reset_peak_memory",
     "resolve_device",
+    "restore_random_state",
     "seed_everything",
     "synchronize",
 ]

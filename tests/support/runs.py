@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,20 @@ def make_run(folder: Path, model: Path, *, records: list[dict[str, Any]] | None 
     return RunFolder(folder)
 
 
-def train_here(run: RunFolder) -> Recipe:
-    """Run it in this process, to its end. The recipe holds the trained model."""
+def train_here(run: RunFolder, *, resume: bool = False, check: Callable[[], None] = lambda: None) -> Recipe:
+    """Run it in this process, to its end. The recipe holds the trained model. `check` is called between the batches."""
     with Progress(run) as progress:
-        config = load_run_config(run.config)
-        recipe = RECIPES[config.recipe](config, run, progress, lambda: None)
-        recipe.setup()
+        recipe = begin(run, progress, resume=resume)
+        recipe.check_cancelled = check
         recipe.train()
+    return recipe
+
+
+def begin(run: RunFolder, progress: Progress, *, resume: bool = False) -> Recipe:
+    """The recipe of a run, ready to train."""
+    config = load_run_config(run.config)
+    recipe = RECIPES[config.recipe](config, run, progress, lambda: None)
+    recipe.setup(resume=resume)
     return recipe
 
 
@@ -48,3 +57,20 @@ def events(run: RunFolder, type: str) -> list[dict[str, Any]]:
 
 def losses(run: RunFolder) -> list[float]:
     return [event["loss"] for event in events(run, "step")]
+
+
+def told_losses(run: RunFolder) -> dict[int, float]:
+    """The loss of each step, as the last event about it says."""
+    return {event["step"]: event["loss"] for event in events(run, "step")}
+
+
+def weights(run: RunFolder) -> dict[str, bytes]:
+    """Every file of weights that a run published, by its path there."""
+    paths = [path for root in (run.adapters, run.checkpoints) for path in sorted(root.rglob("*.safetensors"))]
+    return {str(path.relative_to(run.path)): path.read_bytes() for path in paths}
+
+
+def table(run: RunFolder) -> list[dict[str, str]]:
+    """The rows of metrics.csv."""
+    with run.metrics.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

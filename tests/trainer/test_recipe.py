@@ -91,11 +91,12 @@ def test_events_tell_the_run(tmp_path: Path, tiny_llama: Path) -> None:
     train_here(run)
     types = [event["type"] for event in run.read_events()[0]]
     epoch = ["step"] * 3 + ["validation", "checkpoint"]
-    assert types == ["dataset", "started", *epoch, *epoch]
+    assert types == ["dataset", "examples", "started", *epoch, *epoch]
     assert all(event["time"] > 1.7e9 for event in run.read_events()[0])
     (started,) = events(run, "started")
     assert started["device"] == "cpu"
     assert started["dtype"] == "fp32"
+    assert (started["total_steps"], started["steps_per_epoch"], started["epochs"]) == (6, 3, 2)
     assert started["parameters"] == started["trainable_parameters"] > 0
     (dataset,) = events(run, "dataset")
     assert (dataset["records"], dataset["validation_records"], dataset["truncated"]) == (12, 4, 0)
@@ -113,7 +114,10 @@ def test_events_tell_the_run(tmp_path: Path, tiny_llama: Path) -> None:
         (6, "full", "checkpoints/step_6", True),
     ]
     assert [c["validation_loss"] for c in checkpoints] == [v["loss"] for v in validations]
-    assert [c["loss"] for c in checkpoints] == [steps[2]["loss"], steps[5]["loss"]]
+    assert [c["validation_token_accuracy"] for c in checkpoints] == [v["token_accuracy"] for v in validations]
+    for name in ("loss", "token_accuracy"):
+        assert [c[name] for c in checkpoints] == [steps[2][name], steps[5][name]]
+    assert [(c["epoch"], c["best"]) for c in checkpoints] == [(1, True), (2, True)]
 
 
 def test_metrics_csv_has_the_steps(tmp_path: Path, tiny_llama: Path) -> None:
@@ -162,7 +166,11 @@ def test_validation_is_the_loss_of_the_held_out_records_without_dropout(tmp_path
     recipe = train_here(run)
     (validation,) = events(run, "validation")
     assert recipe.model.training
-    assert recipe.validate() == recipe.validate() == validation["loss"]
+    first, second = recipe.validate(), recipe.validate()
+    assert first is not None
+    assert first == second
+    assert {name: validation[name] for name in first.as_event()} == first.as_event()
+    assert first.perplexity == pytest.approx(math.exp(first.loss))
 
 
 def test_gradients_are_clipped(tmp_path: Path, tiny_llama: Path) -> None:
