@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,10 +39,11 @@ class TakenDataset:
 class DatasetTaker:
     """Finds and checks the data of one job."""
 
-    def __init__(self, *, settings: Settings, files: FileStore, job_id: str, reading: ReadOptions) -> None:
+    def __init__(self, *, settings: Settings, files: FileStore, folder: Path, reading: ReadOptions) -> None:
+        """Inline records go into `folder`, which lies in the home of the service."""
         self._settings = settings
         self._files = files
-        self._folder = settings.runs_dir / job_id
+        self._folder = folder
         self._reading = reading
 
     async def take(self, requests: Mapping[str, DatasetRequest]) -> dict[str, TakenDataset]:
@@ -55,10 +55,6 @@ class DatasetTaker:
         inline = [one for one in taken.values() if one.records is not None]
         await asyncio.to_thread(self._write, inline)
         return taken
-
-    def discard(self) -> None:
-        """Remove what `take` wrote for a job that then was not created."""
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _take_one(self, request: DatasetRequest, where: str) -> TakenDataset:
         reading = request.reading(self._reading)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lm.config import load_config
@@ -18,6 +20,7 @@ from service.schemas.datasets import DatasetRequest
 from service.services import Services
 from trainer.config import TrainingOptions
 from trainer.option_groups import DatasetConfig
+from trainer.tracking import check_tracking
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,25 +76,39 @@ async def create_job(services: Services, spec: JobSpec) -> Job:
 
 
 async def _create(services: Services, spec: JobSpec) -> Job:
-    start = find_start(services, spec.model, merge_start=spec.merge_start, options=spec.options)
+    start = find_start(services, spec)
+    check_options(services, spec)
+    job_id = new_id("ftjob-")
+    folder = services.settings.runs_dir / job_id
+    try:
+        taken = await take_data(services, spec, folder)
+        if (earlier := _earlier(services, spec)) is None:
+            return services.jobs.submit(job_id=job_id, **job_columns(spec, start, taken))
+    except (OSError, sqlite3.Error):
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        raise
+    await asyncio.to_thread(
+        shutil.rmtree, folder, ignore_errors=True
+    )  # the same request came twice, and was faster there
+    return earlier
+
+
+def check_options(services: Services, spec: JobSpec) -> None:
+    """Raises UserError for what the trainer, or the end of the job, would stumble over."""
     if spec.promote == "best" and spec.validation is None and spec.options.validation_split == 0:
         mend = "give validation, or validation_split above 0, such as 0.1"
         raise UserError(f"promote: best needs a validation loss; {mend}", param="promote")
-    job_id = new_id("ftjob-")
-    taker = DatasetTaker(settings=services.settings, files=services.files, job_id=job_id, reading=spec.options.reading)
+    check_tracking(spec.options.tracking)
+
+
+async def take_data(services: Services, spec: JobSpec, folder: Path) -> dict[str, TakenDataset]:
+    """The datasets by their names, and the held-out one; what came inline is written into `folder`."""
+    taker = DatasetTaker(settings=services.settings, files=services.files, folder=folder, reading=spec.options.reading)
     held_out = {} if spec.validation is None else {HELD_OUT: spec.validation}
-    try:
-        taken = await taker.take({**spec.datasets, **held_out})
-        if (earlier := _earlier(services, spec)) is not None:  # the same request came twice, and was faster there
-            await asyncio.to_thread(taker.discard)
-            return earlier
-        return services.jobs.submit(job_id=job_id, **_columns(spec, start, taken))
-    except (OSError, sqlite3.Error):
-        await asyncio.to_thread(taker.discard)
-        raise
+    return await taker.take({**spec.datasets, **held_out})
 
 
-def _columns(spec: JobSpec, start: Start, taken: Mapping[str, TakenDataset]) -> dict[str, Any]:
+def job_columns(spec: JobSpec, start: Start, taken: Mapping[str, TakenDataset]) -> dict[str, Any]:
     training = [taken[name] for name in spec.datasets]
     held_out = taken.get(HELD_OUT)
     configs = tuple(dataset.config for dataset in training)
@@ -131,19 +148,18 @@ def _earlier(services: Services, spec: JobSpec) -> Job | None:
     return job
 
 
-def find_start(services: Services, name: str, *, merge_start: bool, options: TrainingOptions) -> Start:
-    """The base model and the checkpoint that `name` means.
+def find_start(services: Services, spec: JobSpec) -> Start:
+    """The base model and the checkpoint that the job begins with.
 
     Raises NotFoundError, and UserError for a model that cannot be trained, or not in this way.
     """
-    start = _start_of(services.registry, name)
+    start = _start_of(services.registry, spec.model)
     _check_trainable(services, start)
     is_adapter = start.entry is not None and start.entry.kind == "adapter"
-    if merge_start and not is_adapter:
-        raise UserError(
-            f"merge_start: {name} is no adapter, so there is nothing to merge; remove it", param="merge_start"
-        )
-    if merge_start and not options.trains_adapter:
+    if spec.merge_start and not is_adapter:
+        reason = f"{spec.model} is no adapter, so there is nothing to merge; remove it"
+        raise UserError(f"merge_start: {reason}", param="merge_start")
+    if spec.merge_start and not spec.options.trains_adapter:
         message = "merge_start: where every weight is trained, an adapter is always merged first; remove it"
         raise UserError(message, param="merge_start")
     return start

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from fastapi import APIRouter, Header, Query
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from service.figures import as_csv, newest_figures
 from service.jobs.store import JobEvent, JobStore
 from service.routes.finetune import JobId
 from service.schemas.finetune_answers import EventList, MetricsAnswer
@@ -51,15 +52,22 @@ async def job_events(
     return EventList(data=events[:limit], has_more=len(events) > limit)
 
 
-@router.get("/{job_id}/metrics")
-async def job_metrics(job_id: JobId, services: ServicesDep) -> MetricsAnswer:
-    """The figures of every step, and the validation losses."""
+@router.get(
+    "/{job_id}/metrics",
+    response_model=MetricsAnswer,
+    responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}},
+)
+async def job_metrics(
+    job_id: JobId, request: Request, services: ServicesDep, format: Literal["json", "csv"] | None = None
+) -> Response | MetricsAnswer:
+    """The figures of every step, and those of the held-out records: as JSON, or with `format=csv` (or `Accept: text/csv`)
+    as a table of one line a step."""
     services.store.get(job_id)
-    events = services.store.events(job_id, types=("step", "validation"))
-    return MetricsAnswer(
-        steps=[event for event in events if event["type"] == "step"],
-        validation=[event for event in events if event["type"] == "validation"],
-    )
+    events = services.store.events(job_id, types=("step", "validation", "samples", "resumed"))
+    figures = await asyncio.to_thread(newest_figures, events)
+    if format == "csv" or (format is None and "text/csv" in request.headers.get("accept", "")):
+        return PlainTextResponse(await asyncio.to_thread(as_csv, figures), media_type="text/csv")
+    return MetricsAnswer(steps=figures["step"], validation=figures["validation"], samples=figures["samples"])
 
 
 @router.get("/{job_id}/logs", response_class=PlainTextResponse)

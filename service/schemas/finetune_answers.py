@@ -7,6 +7,7 @@ from typing import Any, Literal
 from service.jobs.job import Job, Promote, Status
 from service.schemas.answers import Answer
 from trainer.config import Recipe
+from trainer.option_groups import DatasetConfig
 
 
 class JobErrorAnswer(Answer):
@@ -27,7 +28,13 @@ class LossesAnswer(Answer):
     train: float | None
     """Of the newest step: mean over its trained tokens."""
     validation: float | None
-    """Of the newest checkpoint."""
+    """Of the newest measurement."""
+
+
+class AccuracyAnswer(Answer):
+    train: float | None
+    """Share of the trained tokens of the newest step that the model held for the likeliest."""
+    validation: float | None
 
 
 class SpeedAnswer(Answer):
@@ -49,12 +56,18 @@ class DatasetAnswer(Answer):
     validation_records: int
     rows: int | None = None
     """With `packed` how many rows the records fill."""
+    skipped: int = 0
+    """Records without a token to train on, which are left out."""
+    fingerprint: str | None = None
+    """Of the data as they are trained on; checkpoints name it."""
 
 
 class JobAnswer(Answer):
     id: str
     object: Literal["finetune.job"] = "finetune.job"
     status: Status
+    paused: bool
+    """Whether the job waits for POST /finetune/{id}/resume."""
     error: JobErrorAnswer | None
     """Why the job failed."""
     created_at: int
@@ -63,9 +76,19 @@ class JobAnswer(Answer):
     finished_at: int | None
     model: str
     """The base model."""
+    start_from: str | None
+    """The checkpoint that is trained further, where it is not the base itself."""
+    merge_start: bool
     recipe: Recipe
     suffix: str
     promote: Promote
+    priority: int
+    metadata: dict[str, str]
+    webhook: str | None
+    datasets: list[dict[str, Any]]
+    """What is trained on, as it was said, with paths inside the home of the service."""
+    validation: dict[str, Any] | None
+    """What is held out, where it is a dataset of its own."""
     config: dict[str, Any]
     """All training options as they are in effect; `epochs` is null until the data are counted, unless it was given."""
     notes: list[str]
@@ -74,11 +97,12 @@ class JobAnswer(Answer):
     queue_position: int | None
     """1 is next on its device. Null unless queued."""
     attempt: int
-    """Above 1 after the service was stopped while the job ran: it begins again."""
+    """Which of its trainers this is: above 1 the run went on after a pause, or after trainer or service had stopped."""
     progress: ProgressAnswer | None
     eta_s: float | None
     """Seconds to the last step at the pace so far."""
     losses: LossesAnswer
+    token_accuracy: AccuracyAnswer
     tokens_per_second: SpeedAnswer
     trained_tokens: int | None
     peak_memory_bytes: int | None
@@ -109,8 +133,17 @@ class EventList(Answer):
 class MetricsAnswer(Answer):
     object: Literal["finetune.metrics"] = "finetune.metrics"
     steps: list[dict[str, Any]]
-    """The trainer's figures of each step."""
+    """The trainer's figures of each step. A step that was done again after a resume stands there once."""
     validation: list[dict[str, Any]]
+    """Loss, perplexity and token accuracy on the held-out records, after the steps where they were measured."""
+    samples: list[dict[str, Any]]
+    """What the model answered to `sample_prompts` then."""
+
+
+class JobDeleted(Answer):
+    id: str
+    object: Literal["finetune.job.deleted"] = "finetune.job.deleted"
+    deleted: bool = True
 
 
 def job_answer(job: Job, *, checkpoints: list[str], queue_position: int | None) -> JobAnswer:
@@ -119,14 +152,22 @@ def job_answer(job: Job, *, checkpoints: list[str], queue_position: int | None) 
     return JobAnswer(
         id=job.id,
         status=job.status,
+        paused=job.paused,
         error=None if job.error is None else JobErrorAnswer.model_validate(job.error, from_attributes=True),
         created_at=int(job.created_at),
         started_at=_seconds(job.started_at),
         finished_at=_seconds(job.finished_at),
         model=job.model,
+        start_from=job.start_from,
+        merge_start=job.merge_start,
         recipe=job.options.recipe,
         suffix=job.suffix,
         promote=job.promote,
+        priority=job.priority,
+        metadata=dict(job.metadata),
+        webhook=job.webhook,
+        datasets=[_dataset(config) for config in job.datasets or (DatasetConfig(data_files=job.data_files),)],
+        validation=None if job.validation is None else _dataset(job.validation),
         config={
             **job.options.model_dump(mode="json"),
             "learning_rate": job.options.peak_learning_rate,
@@ -139,6 +180,7 @@ def job_answer(job: Job, *, checkpoints: list[str], queue_position: int | None) 
         progress=ProgressAnswer.model_validate(step) if step else None,
         eta_s=None if job.finished else job.progress.eta_s,
         losses=LossesAnswer(train=step.get("loss"), validation=validation.get("loss")),
+        token_accuracy=AccuracyAnswer(train=step.get("token_accuracy"), validation=validation.get("token_accuracy")),
         tokens_per_second=SpeedAnswer(
             trained=step.get("trained_tokens_per_second"), processed=step.get("processed_tokens_per_second")
         ),
@@ -150,6 +192,10 @@ def job_answer(job: Job, *, checkpoints: list[str], queue_position: int | None) 
         checkpoints=checkpoints,
         fine_tuned_model=job.fine_tuned_model,
     )
+
+
+def _dataset(config: DatasetConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude_none=True)
 
 
 def _seconds(time: float | None) -> int | None:

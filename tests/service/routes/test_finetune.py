@@ -51,7 +51,7 @@ def error(api: Api, body: Any, status: int = 400, **options: Any) -> dict[str, A
     answer = api.post("/finetune", body, **options)
     assert answer.status_code == status, answer.text
     assert api.get("/finetune").json()["data"] == []
-    assert not (api.services.settings.runs_dir).exists()
+    assert not [*api.services.settings.runs_dir.glob("*")]
     refusal: dict[str, Any] = answer.json()["error"]
     assert refusal["type"] == "invalid_request_error"
     return refusal
