@@ -95,6 +95,8 @@ class Settings(Strict):
     """Largest uploaded file."""
     max_job_restarts: Annotated[int, Field(ge=0, le=100)] = 3
     """How often a job begins again because the service was stopped while it ran."""
+    dry_run_seconds: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """How long a dry run of POST /finetune may take; what it has found out by then is answered."""
     cancel_grace_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long a trainer may take to end by itself, after a cancel or a stop of the service, before it is killed."""
     engine_silence_seconds: Annotated[float, Field(gt=0, le=86_400)] | None = 300.0
