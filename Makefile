@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+WORKERS ?= 2
 export TORCH_DEVICE_BACKEND_AUTOLOAD := 0
 
 PEERS := .cache/torchtune
@@ -26,7 +27,7 @@ serve: setup  ## the service on 127.0.0.1:8000; make serve ARGS="port=9000"
 	$(BIN)/tuneserve serve $(ARGS)
 
 test: setup  ## everything that needs neither the real model nor minutes
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 e2e: setup  ## the slow proofs on the real model
 	$(BIN)/tuneserve pull smollm2-135m-instruct

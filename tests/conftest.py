@@ -7,31 +7,32 @@ from collections.abc import Callable, Generator
 
 import pytest
 
-FIGURES = pytest.StashKey[list[tuple[str, str]]]()
+FIGURE = "figure"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[FIGURES] = []
     # Before a test imports torch: threads that spin stall each other where tests run beside something else
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Callable[[str, object], None]:
-    """Note a measured figure; all of them are printed at the end of the run."""
+    """Note a measured figure; all of them are printed at the end of the run, from whichever process they come."""
 
     def note(name: str, value: object) -> None:
-        request.config.stash[FIGURES].append((name, str(value)))
+        request.node.user_properties.append((FIGURE, f"{name}: {value}"))
 
     return note
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    figures = terminalreporter.config.stash[FIGURES]
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    told = [getattr(report, "user_properties", ()) for report in reports if getattr(report, "when", "") == "teardown"]
+    figures = [value for properties in told for name, value in properties if name == FIGURE]
     if figures:
         terminalreporter.section("figures")
-        for name, value in figures:
-            terminalreporter.write_line(f"{name}: {value}")
+        for figure in figures:
+            terminalreporter.write_line(figure)
 
 
 @pytest.hookimpl(wrapper=True)
