@@ -120,5 +120,14 @@ def _let_jobs_pause(connection: sqlite3.Connection) -> None:
         connection.execute(statement)
 
 
-MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_create_tables, _add_notes, _let_jobs_pause]
+def _let_files_expire(connection: sqlite3.Connection) -> None:
+    connection.execute("ALTER TABLE files ADD COLUMN expires_at REAL")
+
+
+MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [
+    _create_tables,
+    _add_notes,
+    _let_jobs_pause,
+    _let_files_expire,
+]
 """Migration N brings a database from user_version N to N + 1. Append only."""

@@ -10,25 +10,36 @@ from starlette.responses import FileResponse
 
 from lm.errors import UserError
 from service.errors import conflict
-from service.files import Purpose
+from service.files import FilePurpose, Purpose
 from service.schemas.files import FileAnswer, FileDeleted, FileList, file_answer
 from service.services import ServicesDep
 
 router = APIRouter(prefix="/v1/files", tags=["OpenAI"])
 
+ANCHOR, SECONDS = "expires_after[anchor]", "expires_after[seconds]"
+"""How OpenAI's clients write an object into a form."""
+
 
 @router.post("")
 async def create_file(
-    request: Request, file: UploadFile, purpose: Annotated[Purpose, Form()], services: ServicesDep
+    request: Request,
+    file: UploadFile,
+    purpose: Annotated[Purpose, Form()],
+    services: ServicesDep,
+    anchor: Annotated[Literal["created_at"] | None, Form(alias=ANCHOR)] = None,
+    lifetime_s: Annotated[int | None, Form(alias=SECONDS, ge=3600, le=2_592_000)] = None,
 ) -> FileAnswer:
     """Upload a file. One with the purpose fine-tune is JSONL, a JSON list of records, CSV, Parquet or text, as its name
-    or its content says, and checked to its end."""
+    or its content says, and checked to its end. With both of `expires_after` it is removed after so many seconds."""
     for name in await request.form():
-        if name not in ("file", "purpose"):
-            hint = "; files do not expire here, delete them instead" if name.startswith("expires_after") else ""
-            raise UserError(f"{name}: unknown field, only file and purpose are taken{hint}", param=name)
+        if name not in ("file", "purpose", ANCHOR, SECONDS):
+            taken = f"file, purpose, {ANCHOR} and {SECONDS}"
+            raise UserError(f"{name}: unknown field, only {taken} are taken", param=name)
+    if (anchor is None) != (lifetime_s is None):
+        raise UserError(f"expires_after: give both {ANCHOR} and {SECONDS}, or neither", param="expires_after")
     filename = (file.filename or "upload").encode("utf-8", "replace").decode()
-    return file_answer(await services.files.take(file.file, filename=filename, purpose=purpose))
+    stored = await services.files.take(file.file, filename=filename, purpose=purpose, lifetime_s=lifetime_s)
+    return file_answer(stored)
 
 
 @router.get("")
@@ -37,7 +48,7 @@ async def list_files(
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     after: str | None = None,
     order: Literal["asc", "desc"] = "desc",
-    purpose: Purpose | None = None,
+    purpose: FilePurpose | None = None,
 ) -> FileList:
     """By their time, newest first unless `order` says otherwise."""
     files, has_more = services.files.page(limit=limit, after=after, purpose=purpose, ascending=order == "asc")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from service.files import Purpose, StoredFile
+from service.files import FilePurpose, StoredFile
 from service.schemas.answers import Answer
 
 
@@ -14,10 +14,10 @@ class FileAnswer(Answer):
     bytes: int
     created_at: int
     filename: str
-    purpose: Purpose
+    purpose: FilePurpose
     status: Literal["processed"] = "processed"
     """A file that is here has been checked."""
-    expires_at: None = None
+    expires_at: int | None
 
 
 class FileList(Answer):
@@ -41,4 +41,5 @@ def file_answer(stored: StoredFile) -> FileAnswer:
         created_at=int(stored.created_at),
         filename=stored.filename,
         purpose=stored.purpose,
+        expires_at=None if stored.expires_at is None else int(stored.expires_at),
     )

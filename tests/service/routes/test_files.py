@@ -18,6 +18,8 @@ from trainer.config import TrainingOptions
 from trainer.data.records import read_records
 
 GOOD = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+EVALS = {"purpose": "evals"}
+ANCHOR, SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 ResultT = TypeVar("ResultT")
 
 
@@ -156,14 +158,15 @@ def test_the_columns_of_a_table_are_checked_by_the_job_that_can_map_them(api: Ap
 
 
 def test_what_a_form_lacks_or_has_too_much_is_named(api: Api, client: openai.AsyncOpenAI) -> None:
-    expiry = {"anchor": "created_at", "seconds": 3600}
-    with pytest.raises(openai.BadRequestError, match="do not expire"):
-        upload(api, client, expires_after=expiry)
     for body, param in (
         ({"files": {"file": ("a", GOOD)}}, "purpose"),
         ({"files": {"file": ("a", GOOD)}, "data": {"purpose": "fun"}}, "purpose"),
         ({"data": {"purpose": "fine-tune"}}, "file"),
         ({"files": {"file": ("a", GOOD)}, "data": {"purpose": "fine-tune", "name": "x"}}, "name"),
+        ({"files": {"file": ("a", GOOD)}, "data": {"purpose": "fine-tune-results"}}, "purpose"),
+        ({"files": {"file": ("a", GOOD)}, "data": EVALS | {SECONDS: "3600"}}, "expires_after"),
+        ({"files": {"file": ("a", GOOD)}, "data": EVALS | {SECONDS: "3599", ANCHOR: "created_at"}}, SECONDS),
+        ({"files": {"file": ("a", GOOD)}, "data": EVALS | {SECONDS: "3600", ANCHOR: "now"}}, ANCHOR),
     ):
         answer = api.post("/v1/files", **body)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
@@ -192,6 +195,25 @@ def test_a_file_stays_while_a_job_needs_it(api: Api, client: openai.AsyncOpenAI)
     assert error.value.response.headers["x-should-retry"] == "false"
     in_loop(api, lambda: api.services.store.record(job.id, status="cancelled"))
     assert api.run(client.files.delete(stored.id)).deleted
+
+
+def test_a_file_expires_when_it_was_told_to(api: Api, client: openai.AsyncOpenAI) -> None:
+    stays = upload(api, client)
+    stored = upload(api, client, expires_after={"anchor": "created_at", "seconds": 3600})
+    assert (stays.expires_at, stored.expires_at) == (None, stored.created_at + 3600)
+    files = api.services.files
+    in_loop(
+        api, lambda: files.database.connection.execute("UPDATE files SET expires_at = 1 WHERE id = ?", (stored.id,))
+    )
+    with pytest.raises(openai.NotFoundError):
+        api.run(client.files.retrieve(stored.id))
+    assert [file["id"] for file in api.get("/v1/files").json()["data"]] == [stays.id]
+    job = in_loop(api, lambda: waiting_job(api, stored.id))
+    in_loop(api, files.remove_expired)
+    assert len([*files.folder.iterdir()]) == 2  # the job still reads it
+    in_loop(api, lambda: api.services.store.record(job.id, status="cancelled"))
+    in_loop(api, files.remove_expired)
+    assert [path.name for path in files.folder.iterdir()] == [stays.id]
 
 
 def in_loop(api: Api, work: Callable[[], ResultT]) -> ResultT:
