@@ -18,6 +18,7 @@ from service.routes import (
     checkpoints,
     completions,
     files,
+    fine_tuning,
     finetune,
     finetune_figures,
     generate,
@@ -41,6 +42,7 @@ ROUTERS = (
     models.router,
     tokenize.router,
     files.router,
+    fine_tuning.router,
     health.router,
 )
 CLIENT_CLOSED_REQUEST = 499

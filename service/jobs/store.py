@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -183,7 +184,17 @@ class JobStore:
             *types,
             limit,
         )
-        return [{"id": row["seq"], "type": row["type"], "time": row["time"], **json.loads(row["data"])} for row in rows]
+        return [_event(row) for row in rows]
+
+    def newest_events(self, job_id: str, *, before: int | None = None, limit: int) -> list[JobEvent]:
+        """Newest first, those with an id below `before`."""
+        rows = self.database.rows(
+            "SELECT * FROM job_events WHERE job_id = ? AND seq < ? ORDER BY seq DESC LIMIT ?",
+            job_id,
+            2**62 if before is None else before,
+            limit,
+        )
+        return [_event(row) for row in rows]
 
     def changed(self, job_id: str) -> asyncio.Event:
         """An event that is set at the next change of the job. Take it before reading what it shall follow."""
@@ -194,3 +205,7 @@ class JobStore:
         self.is_closing = True
         for changed in list(self._changed.values()):
             changed.set()
+
+
+def _event(row: sqlite3.Row) -> JobEvent:
+    return {"id": row["seq"], "type": row["type"], "time": row["time"], **json.loads(row["data"])}

@@ -10,7 +10,7 @@ from lm.errors import NotFoundError, UserError
 from service.errors import conflict
 from service.model_facts import MODEL_NAME, ModelFacts, check_folder_in
 from service.registry import Entry, NameTakenError
-from service.schemas.answers import Model, ModelList
+from service.schemas.answers import Model, ModelDeleted, ModelList
 from service.schemas.models import MAX_NAME, BaseModelAnswer, ModelRequest
 from service.services import Services, ServicesDep
 from service.serving import LATEST
@@ -32,6 +32,14 @@ async def get_model(model: str, services: ServicesDep) -> Model:
     if served is not None and model in _names_of_served(services):
         return _model(services, served)
     return _model(services, _find(services, model))
+
+
+@router.delete("/v1/models/{model:path}")
+async def delete_model(model: str, services: ServicesDep) -> ModelDeleted:
+    """Remove a fine-tuned model, `ft:...`, with its files. 409 while it is served or in use, and for a base model."""
+    if model in _names_of_served(services):
+        raise conflict(f"model: {model!r} means what is served; name the model itself", param="model")
+    return ModelDeleted(id=(await services.jobs.delete_checkpoint(model)).id)
 
 
 def check_model(services: Services, model: str | None) -> None:

@@ -178,6 +178,12 @@ class Model(Answer):
     """Longest prompt plus answer, in tokens; null while the engine is not ready."""
 
 
+class ModelDeleted(Answer):
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
+
+
 class ModelList(Answer):
     object: Literal["list"] = "list"
     data: list[Model]
