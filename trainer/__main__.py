@@ -23,6 +23,7 @@ from trainer.config import RunConfig, load_run_config
 from trainer.outcome import Cancelled, Paused, result_of
 from trainer.progress import Progress
 from trainer.run_folder import RunFolder, RunResult
+from trainer.tracking import start_trackers
 
 log = logging.getLogger("trainer")
 
@@ -41,7 +42,7 @@ class StopRequest:
     def check(self) -> None:
         """Raises Cancelled or Paused once a signal has come."""
         if self._signals - {signal.SIGUSR1}:
-            raise Cancelled(", ".join(signal.Signals(number).name for number in sorted(self._signals)))
+            raise Cancelled(", ".join(sorted(signal.Signals(number).name for number in self._signals)))
         if self._signals:
             raise Paused
 
@@ -90,6 +91,7 @@ def run(folder: RunFolder, stop: StopRequest, *, resume: bool = False) -> RunRes
 
 
 def train(config: RunConfig, folder: RunFolder, progress: Progress, stop: StopRequest, *, resume: bool) -> None:
+    progress.attach(start_trackers(config, folder))
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     # How long OpenMP's threads spin before they sleep. By default it is milliseconds: beside processes that want the
     # same cores, such as the engine, a step took 10 times as long. Not to spin cost 1.6 times on free cores, this 1.1
@@ -97,9 +99,13 @@ def train(config: RunConfig, folder: RunFolder, progress: Progress, stop: StopRe
     from trainer.recipes import RECIPES  # imports torch, which reads these variables
 
     recipe = RECIPES[config.recipe](config, folder, progress, stop.check)
-    recipe.setup(resume=resume)
-    with logging_redirect_tqdm():  # a line of the log does not end up inside the progress bar
-        recipe.train()
+    try:
+        recipe.setup(resume=resume)
+        with logging_redirect_tqdm():  # a line of the log does not end up inside the progress bar
+            recipe.train()
+    except Paused:
+        progress.event("paused", step=recipe.position.step)
+        raise
 
 
 def _refusal(folder: RunFolder, *, resume: bool) -> str | None:

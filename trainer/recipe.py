@@ -110,6 +110,8 @@ class Recipe(ABC):
         self.precision = choose_dtype(config.dtype, self.device)
         log.info(f"Device: {self.device} ({self.choice.name}). {self.choice.reason}")
         log.info(f"Precision: {self.precision.name}. {self.precision.reason}")
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
         if config.memory_fraction is not None:
             limit_memory(self.device, config.memory_fraction)
         self.position = Position()

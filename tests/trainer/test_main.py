@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.support.runs import events, make_run
+from tests.support.runs import events, make_run, told_losses, train_here, weights
 from tests.support.tiny import make_tiny_llama
 from trainer.run_folder import RunFolder, RunResult
 
@@ -27,11 +27,11 @@ LONG: dict[str, Any] = {"recipe": "full", "epochs": 1000, "save_every_n_steps": 
 
 
 @contextmanager
-def trainer(run: RunFolder) -> Iterator[subprocess.Popen[bytes]]:
+def trainer(run: RunFolder, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """The trainer in the run folder, its output in the log; killed at the end if it still lives."""
     with run.log.open("ab") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen([*COMMAND, str(run.path)], stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen([*COMMAND, str(run.path), *options], stdout=log, stderr=log, env=environment)
     try:
         yield process
     finally:
@@ -39,8 +39,8 @@ def trainer(run: RunFolder) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def finish(run: RunFolder) -> int:
-    with trainer(run) as process:
+def finish(run: RunFolder, *options: str) -> int:
+    with trainer(run, *options) as process:
         return process.wait(timeout=120)
 
 
@@ -116,6 +116,48 @@ def test_a_killed_run_leaves_no_result_and_no_lock(tmp_path: Path, tiny_llama: P
     assert run.read_result() is None
     assert not run.is_locked()
     assert re.search(r"\d+\|\d+\|Loss: \d+\.\d{5}", run.log_tail())
+
+
+def test_a_paused_run_goes_on_to_the_end_of_one_that_was_not(tmp_path: Path, tiny_llama: Path) -> None:
+    """Paused while it trains, then killed behind a checkpoint, then let alone."""
+    options: dict[str, Any] = {"lora": {"dropout": 0.2}, "epochs": 40, "save_every_n_steps": 50}
+    whole, run = (make_run(tmp_path / name, tiny_llama, **options) for name in ("whole", "run"))
+    train_here(whole)
+    with trainer(run) as process:
+        wait_for_steps(run, 3)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=60) == 0
+    assert run.read_result() == RunResult(status="paused")
+    (paused,) = events(run, "paused")
+    assert 3 <= paused["step"] < 160
+    with trainer(run, "--resume") as process:
+        wait_for_steps(run, paused["step"] + 55)
+        process.kill()
+    assert run.read_result() is None
+    assert finish(run, "--resume") == 0
+    assert run.read_result() == RunResult(status="succeeded")
+    first, second = events(run, "resumed")
+    assert first["step"] == paused["step"]
+    assert second["step"] >= 50
+    assert told_losses(run) == told_losses(whole)
+    assert weights(run) == weights(whole)
+    assert not run.state.exists()
+
+
+def test_a_run_that_succeeded_does_not_go_on(tmp_path: Path, tiny_llama: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_llama)
+    run.write_result(RunResult(status="succeeded"))
+    assert finish(run, "--resume") == 2
+    assert "has succeeded" in run.log_tail()
+    assert run.read_result() == RunResult(status="succeeded")
+
+
+def test_a_cancel_goes_before_a_pause() -> None:
+    code = "import os, signal; from trainer.__main__ import StopRequest; stop = StopRequest(); " + "; ".join(
+        f"os.kill(os.getpid(), signal.{name})" for name in ("SIGUSR1", "SIGTERM")
+    )
+    child = subprocess.run([sys.executable, "-c", f"{code}; stop.check()"], capture_output=True, text=True, check=False)
+    assert "trainer.outcome.Cancelled: SIGTERM, SIGUSR1" in child.stderr
 
 
 def test_damaged_weights_are_a_non_finite_loss(tmp_path: Path) -> None:
