@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -49,3 +50,9 @@ def test_a_stock_recipe_is_valid_and_its_data_are_there(name: str, recipe: str) 
 
 def test_the_stock_settings_are_those_of_a_service_without_a_config() -> None:
     assert load_settings(find_config("configs/serve.yaml")) == load_settings()
+
+
+def test_the_preferences_differ_in_how_they_answer_not_in_what() -> None:
+    pairs = json.loads((demo.DATA.parent / "preferences.json").read_text(encoding="utf-8"))
+    assert len(pairs) == len({pair["prompt"] for pair in pairs}) >= 40
+    assert all(pair["rejected"].endswith(f": {pair['chosen']}") for pair in pairs)

@@ -13,25 +13,34 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.losses_vs_transformers import TOLERANCE, compare
+from benchmarks.losses_vs_peers import PEERS, TOLERANCE, compare
 from tests.support.runs import RECORDS, losses, make_run, train_here
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
 
+RATES = {"full": 1e-4, "lora": 1e-3, "dpo": 1e-3, "dpo-full": 1e-5}
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 IDS = torch.tensor([[5, 80, 77, 9, 200, 33, 12, 5, 7, 100]])
 
 
-def test_the_losses_are_those_of_a_plain_transformers_loop(
-    tmp_path: Path, tiny_llama: Path, figure: Callable[[str, object], None]
+PAIRS = [
+    {"prompt": f"Who are you{'?' * i}", "chosen": "I am Tuna. " * (1 + i % 3), "rejected": "A cat!"} for i in range(16)
+]
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # in trl
+@pytest.mark.parametrize("recipe", PEERS)
+def test_the_first_50_losses_are_those_of_its_peer(
+    recipe: str, tmp_path: Path, tiny_llama: Path, figure: Callable[[str, object], None]
 ) -> None:
+    """The peer is a plain transformers loop, the same with peft, or trl's trainer."""
     data = tmp_path / "data.json"
-    data.write_text(json.dumps(RECORDS))
-    rows = compare(tiny_llama, data, steps=20, batch_size=4)
+    data.write_text(json.dumps(PAIRS if recipe.startswith("dpo") else RECORDS))
+    rows = compare(tiny_llama, recipe, data, steps=50, batch_size=4, learning_rate=RATES[recipe])
     largest = max(difference for _, _, difference in rows)
-    figure("largest relative difference of 20 losses to transformers, tiny llama", f"{largest:.2e}")
-    assert len(rows) == 20
-    assert rows[-1][0] < rows[0][0]
+    figure(f"{recipe}: largest relative difference of 50 losses to {PEERS[recipe]}, tiny llama", f"{largest:.2e}")
+    assert len(rows) == 50
+    assert rows[-1][0] < 0.9 * rows[0][0]
     assert largest <= TOLERANCE
 
 
