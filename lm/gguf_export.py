@@ -79,11 +79,16 @@ class _Stored:
 
 
 def export_gguf(
-    source: Path, target: Path, kind: GgufType = "f16", *, on_tensor: OnTensor = lambda done, total: None
+    source: Path,
+    target: Path,
+    kind: GgufType = "f16",
+    *,
+    name: str | None = None,
+    on_tensor: OnTensor = lambda done, total: None,
 ) -> None:
     """Write the model folder `source`, its tokenizer and its chat template into the file `target`, whole or not at all.
 
-    Raises FileExistsError when `target` exists, and UserError for a folder that is no model of ours in safetensors, for
+    `name` is what the file calls the model; by default the folder's name. Raises FileExistsError when `target` exists, and UserError for a folder that is no model of ours in safetensors, for
     what GGUF has no words for (windows of qwen models, some kinds of YaRN, other tokenizers), and where the disk has
     no room.
     """
@@ -93,7 +98,7 @@ def export_gguf(
     if not has_safetensors(source):
         raise UserError(f"{source} has no safetensors files; only such models can be exported", param="model")
     entries = {name: entry for name, entry in validate_checkpoint(source, config).items() if _is_written(name, config)}
-    metadata = {**model_metadata(config, source.name), **_file_metadata(kind), **_texts(source, config)}
+    metadata = {**model_metadata(config, name or source.name), **_file_metadata(kind), **_texts(source, config)}
     tensors = {_gguf_name(name): _open(name, entry, config, kind) for name, entry in entries.items()}
     _check_room(target, tensors)
     with _whole_file(target) as path:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from lm.errors import UserError
+from lm.gguf_export import GgufType
 from service import __version__
 from service.config_commands import copy_config, list_configs, validate_config
 from service.generate_command import run_generate
@@ -88,6 +90,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("model", help=f"{', '.join(MODELS)}; a GGUF file; a model folder; or org/name of Hugging Face")
     command.add_argument("--name", help="what the model is called here; default: the source's own name")
     command.add_argument("--home", help="default: $TUNESERVE_HOME, or ~/.tuneserve")
+
+    command = _command(
+        commands, "export", "write a checkpoint as a GGUF file, for llama.cpp and its relatives", _export
+    )
+    command.add_argument("checkpoint", help="a model folder, such as checkpoints/step_30 of a run, or an adapter's")
+    command.add_argument("target", metavar="OUT.gguf", help="the file; it must not be there yet")
+    command.add_argument("--type", choices=get_args(GgufType), default="f16", help="of the matrices; default: f16")
+    command.add_argument("--base", help="an adapter's base model; default: the one that it names")
     return parser
 
 
@@ -165,6 +175,13 @@ def _pull(options: argparse.Namespace, rest: list[str]) -> int:
     home = {} if options.home is None else {"home": options.home}
     print(pull_any(options.model, load_settings(None, home, os.environ).home, options.name))
     return 0
+
+
+def _export(options: argparse.Namespace, rest: list[str]) -> int:
+    _refuse(rest)
+    words = [options.checkpoint, options.target, "--type", options.type]
+    words += [] if options.base is None else ["--base", options.base]
+    return subprocess.run([sys.executable, "-m", "trainer.export", *words], check=False).returncode
 
 
 def _config_and_words(options: argparse.Namespace, rest: list[str]) -> tuple[str, list[str]]:
