@@ -22,7 +22,7 @@ from lm.errors import UserError
 from lm.folder import write_atomic
 from trainer.config import RunConfig, TrainingOptions
 from trainer.option_groups import TrackingConfig
-from trainer.outcome import Cancelled
+from trainer.outcome import Cancelled, Paused
 from trainer.run_folder import RunFolder
 from trainer.trackers import Figures, Mlflow, RunFacts, TensorBoard, Tracker, Wandb
 
@@ -32,7 +32,7 @@ IDS_FILE = "tracking.json"
 """In the run folder: what each tracker calls the run."""
 MAX_WAITING = 10_000
 """Steps that wait for a slow tracker; later ones are left out."""
-CLOSE_SECONDS = 60.0
+CLOSE_SECONDS, STOP_SECONDS = 60.0, 5.0
 PREFIXES = {"step": "train", "validation": "validation"}
 NO_FIGURES = ("step", "total_steps")
 
@@ -98,8 +98,10 @@ class Trackers:
         return [message for courier in self._couriers for message in courier.complaints()]
 
     def close(self, error: BaseException | None) -> Iterable[str]:
-        status = "FINISHED" if error is None else "KILLED" if isinstance(error, Cancelled) else "FAILED"
-        end = time.monotonic() + self._patience
+        is_stopped = isinstance(error, Cancelled | Paused)
+        status = "FINISHED" if error is None else "KILLED" if is_stopped else "FAILED"
+        # Who stops a run waits for it
+        end = time.monotonic() + (min(self._patience, STOP_SECONDS) if is_stopped else self._patience)
         for courier in self._couriers:
             courier.finish(status)
         for courier in self._couriers:

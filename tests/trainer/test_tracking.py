@@ -20,7 +20,7 @@ from tests.support.runs import events, make_run
 from tests.trainer.test_progress import report
 from trainer.config import RunConfig, load_run_config
 from trainer.option_groups import TrackingConfig
-from trainer.outcome import Cancelled
+from trainer.outcome import Cancelled, Paused
 from trainer.progress import Progress
 from trainer.run_folder import RunFolder
 from trainer.trackers import Figures, RunFacts, Tracker
@@ -246,7 +246,8 @@ def test_a_tracker_that_takes_no_samples_still_gets_the_figures(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(None, "FINISHED"), (Cancelled("SIGTERM"), "KILLED"), (ValueError("x"), "FAILED")]
+    ("error", "status"),
+    [(None, "FINISHED"), (Cancelled("SIGTERM"), "KILLED"), (Paused(), "KILLED"), (ValueError("x"), "FAILED")],
 )
 def test_a_tracker_hears_how_the_run_ended(tmp_path: Path, error: Exception | None, status: str) -> None:
     tracker = Scripted()
