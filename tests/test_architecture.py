@@ -25,7 +25,7 @@ VENDOR_FOLDERS = ("lm/device/", "lm/ops/")
 VENDOR_MODULES = ("torch.cuda", "torch.npu", "torch.get_device_module", "torch.accelerator")
 VENDOR_DEVICE = re.compile(r"(cuda|npu)(:\d+)?")
 POLICY = ("service.engine.blocks", "service.engine.messages", "service.engine.scheduler")
-LINE_BUDGET = {"lm": 5600, "trainer": 8500, "service": 19500, "tests": 42000}
+LINE_BUDGET = {"lm": 6300, "trainer": 9500, "service": 19500, "tests": 42000}
 """Lines of Python. Raise a number in the commit that needs it, with the reason in its message."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
