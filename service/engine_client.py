@@ -51,7 +51,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-State = Literal["starting", "ready", "dead", "stopped"]
+State = Literal["starting", "ready", "dead", "asleep", "stopped"]
 
 DEATH_GRACE_S = 1.0
 """How long a process that closed its socket may take to exit, before its requests are failed."""
@@ -80,6 +80,8 @@ class EngineClient:
         self.config = config
         self.state: State = "stopped"
         self.ready: EngineReady | None = None
+        self.known: EngineReady | None = None
+        """What the last process said that was ready, also after its end."""
         self.stats: StepStats | None = None
         self.restarts = 0
         self.failure: str | None = None
@@ -92,6 +94,7 @@ class EngineClient:
         self._process: EngineProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._is_stopping = False
+        self._is_closed = False
         self._first_outcome: asyncio.Future[None] | None = None
         self._greeting: asyncio.Task[None] | None = None
         self._requests: dict[str, Receive] = {}
@@ -102,19 +105,40 @@ class EngineClient:
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
+    @property
+    def num_open(self) -> int:
+        """Requests whose end has not come."""
+        return len(self._requests)
+
     async def start(self) -> None:
         """Start the process and wait until it is ready and `on_ready` has returned, or until it has died.
 
         An engine that refuses its configuration stays dead, with the reason in `failure`; one that dies otherwise is
-        started again. What `on_ready` raises the first time is raised here.
+        started again. What `on_ready` raises the first time is raised here. Does nothing after `stop`.
         """
+        if self._is_closed:
+            return
+        self._is_stopping = False
         self._first_outcome = asyncio.get_running_loop().create_future()
         self._supervisor = asyncio.create_task(self._supervise())
         await self._first_outcome
 
+    async def settled(self) -> None:
+        """Wait until a start that is under way has come to what `start` waits for."""
+        if self._first_outcome is not None:
+            await asyncio.wait([self._first_outcome])
+
+    async def sleep(self) -> None:
+        """End the process, and with it what it holds of the device, until `start`. Open requests end with `abort`."""
+        await self._end("asleep")
+
     async def stop(self) -> None:
-        """End the process; requests still open end with `abort`."""
-        self.state = "stopped"
+        """End the process for good; requests still open end with `abort`."""
+        self._is_closed = True
+        await self._end("stopped")
+
+    async def _end(self, state: State) -> None:
+        self.state = state
         self._is_stopping = True
         if self._supervisor is None:
             return
@@ -281,8 +305,10 @@ class EngineClient:
                     unload.set_result(None)
 
     def _take_ready(self, event: EngineReady) -> None:
+        if self._is_stopping:
+            return
         self.state = "ready"
-        self.ready = event
+        self.ready = self.known = event
         self.failure = None
         self._greeting = asyncio.ensure_future(self._on_ready(event))
         self._greeting.add_done_callback(self._settle)

@@ -2,7 +2,7 @@
 
 `latest`, and no model at all, is the served entry: the newest promotion of the settings' base model, or that base.
 Swaps are one at a time. A promotion is written down after the engine has the weights, so a load that fails, or a crash
-in the middle, leaves the old ones serving.
+in the middle, leaves the old ones serving. One that is wanted while the engine wakes up is the first that it loads.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
-from contextlib import suppress
-from typing import Protocol
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 
 from lm.errors import NotFoundError
-from service.engine.messages import EngineReady, LoadModel, ModelLoaded
+from service.engine.messages import EngineReady
 from service.engine_client import EngineUnavailable, ModelLoadError
 from service.errors import conflict, unavailable
+from service.gate import Gate
+from service.loaded_models import Engine, LoadedModels
 from service.metrics import Metrics
 from service.registry import Entry, Registry
 from service.settings import Settings
@@ -25,9 +27,8 @@ from service.settings import Settings
 logger = logging.getLogger(__name__)
 
 LATEST = "latest"
+ASLEEP = ("falling asleep", "asleep")
 POLL_S = 0.1
-MAX_DEATHS = 2
-"""An entry whose load the engine did not survive so often is left out when the engine comes back."""
 
 
 class SwapError(Exception):
@@ -38,19 +39,23 @@ class NoEngineError(SwapError):
     """There was no engine, or it died or was stopped meanwhile. Worth another try."""
 
 
-class Engine(Protocol):
-    """What is needed of the engine client."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """A promotion for the engine that is about to come back."""
 
-    @property
-    def ready(self) -> EngineReady | None: ...
-
-    async def load_model(self, command: LoadModel, /) -> ModelLoaded: ...
+    entry: Entry
+    reason: str
+    outcome: asyncio.Future[None]
 
 
 class Serving:
-    def __init__(self, engine: Engine, registry: Registry, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: Engine, registry: Registry, settings: Settings, metrics: Metrics, gate: Gate | None = None
+    ) -> None:
+        """Without a `gate` the engine never sleeps."""
         self.engine = engine
         self.registry = registry
+        self.gate = gate or Gate(patience_s=0, limit=0)
         self.base = settings.model_name
         """Name of the base model whose lineage is served."""
         self.served: Entry | None = None
@@ -59,10 +64,8 @@ class Serving:
         """Unix time at which `served` became it."""
         self._settings = settings
         self._metrics = metrics
-        self._weights: dict[str, ModelLoaded] = {}  # also of what has left the engine: its last answers need them
-        self._loaded: dict[str, Entry] = {}  # least recently used first
-        self._problems: dict[str, str] = {}
-        self._deaths: Counter[str] = Counter()
+        self._models = LoadedModels(engine, settings)
+        self._wish: Wish | None = None
         self._lock = asyncio.Lock()
 
     # ---- what requests ask
@@ -70,18 +73,18 @@ class Serving:
     @property
     def loaded(self) -> tuple[str, ...]:
         """Ids of the entries in the engine's memory."""
-        return tuple(self._loaded)
+        return () if self.engine.ready is None else self._models.ids
 
     @property
     def problems(self) -> list[str]:
         """Entries that should be served and could not be loaded, with the reason. For /health."""
-        return [*self._problems.values()]
+        return [*self._models.problems.values()]
 
     def weights_hash(self, entry_id: str) -> str:
-        return self._weights[entry_id].weights_hash
+        return self._models.weights(entry_id).weights_hash
 
     def weight_bytes(self, entry_id: str) -> int:
-        return self._weights[entry_id].weight_bytes
+        return self._models.weights(entry_id).weight_bytes
 
     def servable(self) -> list[Entry]:
         """The entries of the served lineage, in the order in which they were registered."""
@@ -90,16 +93,22 @@ class Serving:
     async def acquire(self, model: str | None) -> Entry:
         """The loaded entry that `model` names; send its request without another await in between.
 
-        An entry that is not loaded is loaded, and the least recently used one goes. Raises NotFoundError for an
-        unknown name, ApiError 503 while there is nothing to answer with, and 409 for weights that cannot be loaded.
+        Waits while the engine sleeps. An entry that is not loaded is loaded, and the least recently used one goes.
+        Raises NotFoundError for an unknown name, ApiError 503 while there is nothing to answer with, and 409 for
+        weights that cannot be loaded.
         """
-        entry = self._resolve(model)
-        if entry.id not in self._loaded:
+        while True:
+            await self.gate.passed()
+            entry = self._resolve(model)
+            if entry.id in self._models:
+                break
             async with self._lock:
-                entry = self._resolve(model)  # what is served may have changed meanwhile
-                if entry.id not in self._loaded:
-                    await self._load_on_request(entry)
-        self._loaded[entry.id] = self._loaded.pop(entry.id)  # the most recently used one now
+                if self.gate.is_open:  # it may have been closed meanwhile
+                    entry = self._resolve(model)  # and what is served may have changed
+                    if entry.id not in self._models:
+                        await self._load_on_request(entry)
+                    break
+        self._models.use(entry)
         return entry
 
     async def forget(self, entry: Entry) -> None:
@@ -107,7 +116,7 @@ class Serving:
         if self._lock.locked():
             async with self._lock:  # the load that is under way has taken its place
                 return
-        self._loaded.pop(entry.id, None)
+        self._models.forget(entry)
 
     def _resolve(self, model: str | None) -> Entry:
         if self.served is None or self.engine.ready is None:
@@ -115,8 +124,8 @@ class Serving:
         if model in (None, LATEST, self.served.id, *self._settings.served_model_aliases):
             return self.served
         assert model is not None  # it is in the tuple above
-        if model in self._loaded:
-            return self._loaded[model]
+        if model in self._models:
+            return self._models.get(model)
         try:
             entry = self.registry.get(model)
         except NotFoundError:
@@ -136,7 +145,7 @@ class Serving:
 
     async def _load_on_request(self, entry: Entry) -> None:
         """To its end, also when the client leaves: the engine goes on, and what it holds must be written down."""
-        load = asyncio.create_task(self._load(entry, replaces=self._idle_for(entry)))
+        load = asyncio.create_task(self._models.load(entry, replaces=self._idle_for(entry)))
         try:
             await asyncio.shield(load)
         except asyncio.CancelledError:
@@ -150,9 +159,9 @@ class Serving:
 
     def _idle_for(self, entry: Entry) -> str | None:
         """Which entry makes room: none, or the least recently used one that is not served. Raises ApiError 503."""
-        if len(self._loaded) < self._settings.max_loaded_models:
+        if not self._models.is_full:
             return None
-        idle = [entry_id for entry_id in self._loaded if self.served is None or entry_id != self.served.id]
+        idle = [entry_id for entry_id in self._models.ids if self.served is None or entry_id != self.served.id]
         if not idle:
             raise unavailable(
                 f"{entry.id} is not loaded, and max_loaded_models is 1; activate it, or raise that setting",
@@ -162,24 +171,73 @@ class Serving:
 
     # ---- swaps
 
+    @asynccontextmanager
+    async def undisturbed(self) -> AsyncIterator[None]:
+        """Nothing is loaded in here, and no load is under way."""
+        async with self._lock:
+            yield
+
     async def wait_until_serving(self, timeout_s: float) -> None:
         """Raises NoEngineError when the engine has not loaded what it serves after so long."""
         try:
             async with asyncio.timeout(timeout_s):
-                while self.engine.ready is None or self.served is None or self.served.id not in self._loaded:
+                while self.engine.ready is None or self.served is None or self.served.id not in self._models:
                     await asyncio.sleep(POLL_S)
         except TimeoutError:
             raise NoEngineError(f"the engine was not ready within {timeout_s:.0f} s") from None
+
+    async def promote_when_serving(self, entry_id: str, reason: str, timeout_s: float) -> Entry:
+        """`promote`, by an engine that may be on its way: where it is waking up, this is the first that it loads.
+
+        The time in which it sleeps does not count. Tried again when it goes away meanwhile. Raises as `promote` does.
+        """
+        while self.gate.phase in ASLEEP:
+            await asyncio.sleep(POLL_S)
+        if self.gate.phase == "waking" and self.engine.ready is None:
+            return await self._promote_first(entry_id, reason, timeout_s)
+        await self.wait_until_serving(timeout_s)
+        try:
+            return await self.promote(entry_id, reason)
+        except NoEngineError:
+            await self.wait_until_serving(timeout_s)
+            return await self.promote(entry_id, reason)
 
     async def promote(self, entry_id: str, reason: str) -> Entry:
         """Make an entry `latest`. Raises NotFoundError, and SwapError with the old one still serving."""
         entry = self.registry.get(entry_id)
         self._check_lineage(entry)
         async with self._lock:
+            self.registry.get(entry_id)  # it may have been dropped meanwhile
             if self.served is None or entry.id != self.served.id:
                 await self._swap_to(entry)
                 self.registry.add_promotion(entry.id, reason)
                 self._serve(entry, time.time())
+        return entry
+
+    async def drop(self, entry: Entry) -> None:
+        """Forget an entry for good: nobody can name it any more, and the engine does not hold it once its last request
+        has ended. Raises ApiError 409 for the served one."""
+        async with self._lock:
+            if self.served is not None and entry.id == self.served.id:
+                raise conflict(f"{entry.id} is served; activate another one first", param="model")
+            self.registry.remove(entry)
+            if entry.id in self._models:
+                self._models.forget(entry)
+                with suppress(EngineUnavailable):
+                    await self.engine.unload_model(entry.id)
+
+    async def _promote_first(self, entry_id: str, reason: str, timeout_s: float) -> Entry:
+        entry = self.registry.get(entry_id)
+        self._check_lineage(entry)
+        wish = self._wish = Wish(entry=entry, reason=reason, outcome=asyncio.get_running_loop().create_future())
+        try:
+            async with asyncio.timeout(timeout_s):
+                await wish.outcome
+        except TimeoutError:
+            raise NoEngineError(f"the engine was not ready within {timeout_s:.0f} s") from None
+        finally:
+            if self._wish is wish:
+                self._wish = None
         return entry
 
     async def rollback(self) -> Entry:
@@ -203,36 +261,44 @@ class Serving:
         An engine that dies meanwhile is started again by its client, which calls this again.
         """
         async with self._lock:
-            others = [*self._loaded.values()]
-            self._loaded.clear()
-            self._problems.clear()
+            others = self._models.clear()
             try:
                 await self._load_served()
                 for entry in others:
-                    if entry.id not in self._loaded and len(self._loaded) < self._settings.max_loaded_models:
-                        await self._load_or_tell(entry)
+                    if entry.id not in self._models and not self._models.is_full:
+                        await self._models.reload(entry)
             except EngineUnavailable as error:
                 logger.error("the engine died while loading: %s", error)
 
     async def _load_served(self) -> None:
+        if await self._load_wish():
+            return
         since = self.registry.last_change(self.base)
         promoted = [promotion.entry_id for promotion in self.registry.promotions(self.base)]
         for entry_id in (*promoted, self.base):
             entry = self.registry.get(entry_id)
-            if await self._load_or_tell(entry):
+            if await self._models.reload(entry) is None:
                 self._serve(entry, since)
                 return
 
-    async def _load_or_tell(self, entry: Entry) -> bool:
-        try:
-            if self._deaths[entry.id] >= MAX_DEATHS and entry.kind != "base":
-                raise ModelLoadError("the engine died while loading it")
-            await self._load(entry)
-        except ModelLoadError as error:
-            self._problems[entry.id] = f"{entry.id} could not be loaded: {error}"
-            logger.error("%s", self._problems[entry.id])
+    async def _load_wish(self) -> bool:
+        """Whether there was a wish, and it is served now."""
+        wish = self._wish
+        if wish is None:
             return False
-        return True
+        start = time.monotonic()
+        problem = await self._models.reload(wish.entry)
+        self._wish = None
+        if problem is None:
+            self.registry.add_promotion(wish.entry.id, wish.reason)
+            self._serve(wish.entry, time.time())
+        self._metrics.swap("succeeded" if problem is None else "failed", time.monotonic() - start)
+        if not wish.outcome.done():
+            if problem is None:
+                wish.outcome.set_result(None)
+            else:
+                wish.outcome.set_exception(SwapError(problem))
+        return problem is None
 
     def _serve(self, entry: Entry, since: float | None) -> None:
         self.served = entry
@@ -242,44 +308,18 @@ class Serving:
 
     async def _swap_to(self, entry: Entry) -> None:
         """Raises SwapError."""
+        self._refuse_asleep()
         start = time.monotonic()
-        old = None if self.served is None or self.served.id not in self._loaded else self.served.id
+        old = None if self.served is None or self.served.id not in self._models else self.served.id
         try:
-            if entry.id not in self._loaded:
-                await self._load(entry, replaces=old)
+            if entry.id not in self._models:
+                await self._models.load(entry, replaces=old)
         except (ModelLoadError, EngineUnavailable) as error:
             self._metrics.swap("failed", time.monotonic() - start)
             kind = SwapError if isinstance(error, ModelLoadError) else NoEngineError
             raise kind(str(error)) from error
         self._metrics.swap("succeeded", time.monotonic() - start)
 
-    async def _load(self, entry: Entry, *, replaces: str | None = None) -> None:
-        """What it replaces goes: at once, where memory does not hold both, or else afterwards.
-
-        Raises ModelLoadError with the old one still loaded, and EngineUnavailable.
-        """
-        command = LoadModel(
-            model_id=entry.id,
-            base_dir=str(entry.base_dir),
-            adapter_dir=None if entry.adapter_dir is None else str(entry.adapter_dir),
-            replaces=replaces,
-        )
-        try:
-            loaded = await self.engine.load_model(command)
-        except ModelLoadError as error:
-            raise ModelLoadError(self._without_paths(str(error), entry)) from error
-        except EngineUnavailable:
-            self._deaths[entry.id] += 1
-            raise
-        del self._deaths[entry.id]
-        self._problems.pop(entry.id, None)
-        if replaces is not None:
-            del self._loaded[replaces]
-        self._weights[entry.id] = loaded
-        self._loaded[entry.id] = entry
-
-    def _without_paths(self, message: str, entry: Entry) -> str:
-        """For clients: folders are told relative to home, and a base model elsewhere by its name."""
-        for folder in (self._settings.home, entry.base_dir.parent):
-            message = message.replace(f"{folder}/", "")
-        return message
+    def _refuse_asleep(self) -> None:
+        if self.gate.phase in ASLEEP:
+            raise NoEngineError(self.gate.reason)

@@ -53,3 +53,6 @@ class StubEngine:
         return ModelLoaded(
             model_id=command.model_id, weights_hash=weights_hash, weight_bytes=10, seconds=0.01, mode="overlap"
         )
+
+    async def unload_model(self, model_id: str, /) -> None:
+        self.held.remove(model_id)
