@@ -12,6 +12,8 @@ from trainer.config import TrainingOptions
 from trainer.option_groups import WandbConfig
 
 JOB_PREFIX = "ftjob-"
+INVALID_DATA = "invalid_training_file"
+"""The code of a job that a mistake in its data ended, held-out ones included."""
 TRAINING_FILE, VALIDATION_FILE = "training_file", "validation_file"
 FIELDS = {
     "dataset.file_id": TRAINING_FILE,
@@ -129,7 +131,7 @@ def fine_tuning_job(job: Job, *, organization: str) -> FineTuningJob:
     return FineTuningJob(
         id=job.id,
         created_at=int(job.created_at),
-        error=None if job.error is None else _error(job.error),
+        error=None if job.error is None else _error(job, job.error),
         estimated_finish=_estimated_finish(job),
         fine_tuned_model=job.fine_tuned_model,
         finished_at=None if job.finished_at is None else int(job.finished_at),
@@ -170,9 +172,11 @@ def _multiplier(options: TrainingOptions) -> float:
     return float(f"{options.peak_learning_rate / usual:.12g}")
 
 
-def _error(error: JobError) -> FineTuningError:
-    param = error.param and FIELDS.get(error.param, error.param)
-    message = error.message
+def _error(job: Job, error: JobError) -> FineTuningError:
+    param, message = error.param and FIELDS.get(error.param, error.param), error.message
+    if error.param is None and error.code == INVALID_DATA:
+        held_out = job.validation_file_id
+        param = VALIDATION_FILE if held_out is not None and held_out in message else TRAINING_FILE
     if error.param is not None and param is not None and message.startswith(f"{error.param}:"):
         message = param + message.removeprefix(error.param)
     return FineTuningError(code=error.code, message=message, param=param)
