@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -19,11 +19,17 @@ from service.engine_client import EngineClient
 from service.files import FileStore
 from service.generation import Generator
 from service.grammar_checker import GrammarChecker
+from service.jobs.arbiter import DeviceArbiter
+from service.jobs.ending import Ending
+from service.jobs.launch import Launcher
 from service.jobs.promotion import Promoter
+from service.jobs.retention import Retention
 from service.jobs.store import JobStore
 from service.jobs.supervisor import Supervisor
+from service.jobs.webhooks import Webhooks
 from service.metrics import Metrics
 from service.registry import Registry
+from service.result_files import ResultFiles
 from service.serving import Serving
 from service.settings import Settings
 
@@ -40,8 +46,11 @@ class Services:
     registry: Registry
     store: JobStore
     jobs: Supervisor
+    webhooks: Webhooks
     files: FileStore
     metrics: Metrics
+    dry_run_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by the dry run that is under way: they go one by one."""
     startup: asyncio.Task[None]
     """Done when the engine has loaded what it serves, or has failed to."""
 
@@ -83,9 +92,11 @@ async def running_services(
         services = _start(settings, codec, database, engine_type)
         try:
             await services.jobs.start()
+            services.webhooks.start()
             yield services
         finally:
             await services.jobs.stop(spare_adopted=services.failure is not None)
+            await services.webhooks.stop()
             await services.engine.stop()
             await services.grammar_checker.close()
             services.startup.cancel()
@@ -113,7 +124,9 @@ def _start(settings: Settings, codec: Codec, database: Database, engine_type: ty
     )
     serving = Serving(engine, registry, settings, metrics)
     admission = Admission(settings.max_num_seqs + settings.max_queued_requests)
-    store = JobStore(database)
+    store, files = JobStore(database), FileStore(database, settings.files_dir)
+    webhooks = _webhooks(database, settings)
+    promoter = Promoter(store, registry, serving)
     return Services(
         settings=settings,
         codec=codec,
@@ -130,10 +143,29 @@ def _start(settings: Settings, codec: Codec, database: Database, engine_type: ty
         admission=admission,
         registry=registry,
         store=store,
-        jobs=Supervisor(store, Promoter(store, registry, serving), settings, metrics),
-        files=FileStore(database, settings.files_dir),
+        jobs=Supervisor(
+            store,
+            promoter,
+            Retention(store, registry, serving, settings.runs_dir),
+            Ending(store, promoter, webhooks, ResultFiles(store, files).write),
+            Launcher(registry, settings),
+            DeviceArbiter(engine, settings),
+            settings,
+            metrics,
+        ),
+        webhooks=webhooks,
+        files=files,
         metrics=metrics,
         startup=asyncio.create_task(engine.start()),
+    )
+
+
+def _webhooks(database: Database, settings: Settings) -> Webhooks:
+    secret = settings.webhook_secret
+    return Webhooks(
+        database,
+        secret=None if secret is None else secret.get_secret_value(),
+        allow_private=settings.webhook_allow_private,
     )
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from service.jobs.job import Job, JobError, Status
 from service.registry import Entry
 from trainer.config import RunConfig
 from trainer.option_groups import DatasetConfig
 from trainer.run_folder import RunResult
+
+Next = Literal["end", "pause", "go on", "go on after a death"]
 
 
 def startable(queue: Iterable[Job], running: Iterable[Job]) -> list[Job]:
@@ -61,6 +64,21 @@ def in_home(dataset: DatasetConfig, home: Path) -> DatasetConfig:
     return dataset.model_copy(update={"data_files": tuple(str(home / file) for file in dataset.data_files)})
 
 
+def next_step(job: Job, result: RunResult | None, *, exit_code: int | None, service_left: bool) -> Next:
+    """What becomes of a running job whose trainer has ended.
+
+    `service_left`: the service is stopping, or it was away when the trainer ended, so that nobody asked for that end.
+    """
+    status = "paused" if result is None and exit_code == -signal.SIGUSR1 else result and result.status
+    if job.cancel_requested or status in ("succeeded", "failed"):
+        return "end"
+    if job.pause_requested and (status is not None or exit_code is None or service_left):
+        return "pause"
+    if status == "paused" or (status == "cancelled" and service_left):
+        return "go on"
+    return "go on after a death" if service_left else "end"
+
+
 def outcome(
     result: RunResult | None, *, exit_code: int | None, cancel_requested: bool, log_tail: str
 ) -> tuple[Status, JobError | None]:
@@ -76,6 +94,7 @@ def outcome(
     if result.status == "failed":
         code, message = result.error_code or "internal_error", result.error_message or "the trainer gave no reason"
         return "failed", JobError(code=code, message=message, param=result.error_param, log_tail=log_tail)
+    assert result.status != "paused", "such a job goes on"
     return result.status, None
 
 

@@ -18,6 +18,7 @@ from service.jobs.job import Job
 from service.jobs.store import JobStore
 from service.registry import Entry, Registry
 from service.serving import NoEngineError, Serving, SwapError
+from trainer.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +39,26 @@ class Promoter:
         """
         if event["type"] != "checkpoint" or event["kind"] == "merged":
             return event
-        return {**event, "model": self.registry.add_checkpoint(job, run_dir, event).id}
+        weights = self._weights(job, run_dir) if event["kind"] == "adapter" else None
+        return {**event, "model": self.registry.add_checkpoint(job, run_dir, event, weights=weights).id}
+
+    def _weights(self, job: Job, run_dir: Path) -> Path | None:
+        """The model that an adapter of the job stands on, where that is not its base model."""
+        start = None if job.start_from is None else self.registry.get(job.start_from)
+        if start is None or start.kind == "base":
+            return None
+        if job.merge_start and start.kind == "adapter":
+            return RunFolder(run_dir).base
+        own = start.base_dir
+        return None if own == self.registry.bases().get(job.model) else own
 
     def result(self, job: Job) -> Entry | None:
         """The checkpoint that a succeeded job is about: its last one, or with `best` the best one."""
         entries = self.registry.of_job(job.id)
         if job.promote == "best":
             entries.sort(key=_goodness)
+        else:
+            entries.sort(key=lambda entry: entry.step or 0)
         return entries[-1] if entries else None
 
     async def during(self, job: Job, new: Mapping[str, Any]) -> None:
@@ -81,6 +95,6 @@ class Promoter:
             await self.serving.promote(entry.id, reason)
 
 
-def _goodness(entry: Entry) -> float:
-    """Ascending: the best is the last."""
-    return float("-inf") if entry.validation_loss is None else -entry.validation_loss
+def _goodness(entry: Entry) -> tuple[bool, float]:
+    """Ascending: the best is the last. What the trainer calls the best is it."""
+    return entry.best, float("-inf") if entry.validation_loss is None else -entry.validation_loss

@@ -29,16 +29,23 @@ class TrainerProcess:
     def __init__(self, run: RunFolder, *, pid: int | None, child: subprocess.Popen[bytes] | None) -> None:
         self.run = run
         self.pid = pid
+        self.found_dead = child is None and not is_alive(run)
+        """Whether it was gone already when it was adopted."""
         self._child = child
         self._kill_at = float("inf")
 
     @classmethod
-    def start(cls, run: RunFolder, *, nice: bool, command: Sequence[str] = TRAINER) -> TrainerProcess:
-        """Start `command RUN_DIR`; what it prints goes to the run's log. `nice`: let others on the CPU go first."""
+    def start(
+        cls, run: RunFolder, *, nice: bool, resume: bool = False, command: Sequence[str] = TRAINER
+    ) -> TrainerProcess:
+        """Start `command RUN_DIR`; what it prints goes to the run's log. `nice`: let others on the CPU go first.
+
+        `resume`: go on from the state that the folder holds, rather than from the beginning.
+        """
         with run.log.open("ab") as log, _lock_path(run).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             child = subprocess.Popen(
-                [*command, str(run.path)],
+                [*command, str(run.path), *(["--resume"] if resume else [])],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -81,6 +88,16 @@ class TrainerProcess:
         if not self.has_ended():
             self._signal_group(signal.SIGTERM)
 
+    def pause(self, grace_s: float = float("inf")) -> None:
+        """Ask it to save its state and end; `has_ended` kills it after `grace_s`.
+
+        One that has not come to listen yet dies of it, and has lost nothing.
+        """
+        self._kill_at = min(self._kill_at, time.monotonic() + grace_s)
+        if not self.has_ended() and (pid := self._find_pid()) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)  # not the group: its helpers would die of it
+
     def kill(self) -> None:
         """End it at once, and wait for that."""
         if not self.has_ended():
@@ -89,12 +106,15 @@ class TrainerProcess:
             self._child.wait()
 
     def _signal_group(self, number: signal.Signals) -> None:
+        if (pid := self._find_pid()) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, number)
+
+    def _find_pid(self) -> int | None:
         if self.pid is None:
             started = [event for event in self.run.read_events()[0] if event["type"] == "started"]
-            self.pid = started[0]["pid"] if started else None
-        if self.pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, number)
+            self.pid = started[-1]["pid"] if started else None
+        return self.pid
 
 
 def is_alive(run: RunFolder) -> bool:

@@ -16,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from service.database import Database
+from service.jobs.arbiter import TrainerLimits
+from service.jobs.ending import Ending, WriteResults, no_results
 from service.jobs.job import Job
+from service.jobs.launch import Launcher
 from service.jobs.promotion import Promoter
+from service.jobs.retention import Retention
 from service.jobs.store import JobStore
 from service.jobs.supervisor import Supervisor
 from service.jobs.trainer_process import TRAINER
+from service.jobs.webhooks import Webhooks
 from service.metrics import Metrics
 from service.registry import Registry
 from service.serving import Serving
@@ -52,6 +57,8 @@ class Bench:
     serving: Serving
     promoter: Promoter
     metrics: Metrics
+    arbiter: OneDevice
+    webhooks: Webhooks
     supervisor: Supervisor
 
     def columns(self, options: dict[str, Any], **overrides: Any) -> dict[str, Any]:
@@ -86,15 +93,46 @@ class Bench:
         return await self.until(job, lambda now: now.progress.step is not None)
 
 
-def make_bench(home: Path, *, command: Sequence[str] = TRAINER, **settings: Any) -> Bench:
+class OneDevice:
+    """A stand-in for the arbiter: there is always room, and serving goes first. Keeps what was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.room = asyncio.Event()
+        self.room.set()
+
+    async def make_room(self, job: Job) -> None:
+        self.asked.append(("make_room", job.id))
+        await self.room.wait()
+
+    async def give_back(self, job: Job) -> None:
+        self.asked.append(("give_back", job.id))
+
+    def limits(self, job: Job) -> TrainerLimits:
+        return TrainerLimits(num_threads=1, nice=True)
+
+
+def make_bench(
+    home: Path, *, command: Sequence[str] = TRAINER, write_results: WriteResults = no_results, **settings: Any
+) -> Bench:
     chosen = Settings(home=home, model=MODEL, cancel_grace_seconds=20, **settings)
     database = Database(chosen.database)
-    store, metrics, engine = JobStore(database), Metrics(MODEL), StubEngine()
+    store, metrics, engine, arbiter = JobStore(database), Metrics(MODEL), StubEngine(), OneDevice()
     registry = Registry(database, home=home, organization="tuneserve")
     serving = Serving(engine, registry, chosen, metrics)
     promoter = Promoter(store, registry, serving)
-    supervisor = Supervisor(store, promoter, chosen, metrics, command=command)
-    return Bench(chosen, database, store, registry, engine, serving, promoter, metrics, supervisor)
+    webhooks = Webhooks(database, secret="secret", allow_private=True, delays_s=(0.1, 0.1))
+    supervisor = Supervisor(
+        store,
+        promoter,
+        Retention(store, registry, serving, chosen.runs_dir),
+        Ending(store, promoter, webhooks, write_results),
+        Launcher(registry, chosen, command=command),
+        arbiter,
+        chosen,
+        metrics,
+    )
+    return Bench(chosen, database, store, registry, engine, serving, promoter, metrics, arbiter, webhooks, supervisor)
 
 
 @asynccontextmanager
@@ -103,10 +141,12 @@ async def running_bench(home: Path, **options: Any) -> AsyncIterator[Bench]:
     bench = make_bench(home, **options)
     await bench.serving.on_engine_ready(READY)
     await bench.supervisor.start()
+    bench.webhooks.start()
     try:
         yield bench
     finally:
         await bench.supervisor.stop()
+        await bench.webhooks.stop()
         bench.database.close()
 
 

@@ -21,18 +21,6 @@ from service.jobs.job import Job
 from service.jobs.trainer_process import is_alive
 from tests.support import processes
 from tests.support.jobs import LONG, SHORT, make_bench, running_bench
-from tests.support.tiny import make_tiny_llama
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def home(tmp_path: Path, tiny: Path) -> Path:
-    shutil.copytree(tiny, tmp_path / "models" / "tiny")
-    return tmp_path
 
 
 @contextmanager
@@ -49,9 +37,9 @@ def run(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(work)
 
 
-def test_a_cancelled_job_ends_early_and_promotes_nothing(home: Path) -> None:
+def test_a_cancelled_job_ends_early_and_promotes_nothing(tiny_home: Path) -> None:
     async def work() -> None:
-        async with running_bench(home) as bench:
+        async with running_bench(tiny_home) as bench:
             running = await bench.training(bench.supervisor.submit(**bench.columns(LONG, promote="each")))
             waiting = bench.supervisor.submit(**bench.columns(SHORT))
             assert bench.supervisor.cancel(waiting.id).status == "cancelled"
@@ -73,14 +61,14 @@ def test_a_cancelled_job_ends_early_and_promotes_nothing(home: Path) -> None:
     run(work())
 
 
-def test_a_job_that_cannot_be_started_fails_and_does_not_block_its_device(home: Path) -> None:
+def test_a_job_that_cannot_be_started_fails_and_does_not_block_its_device(tiny_home: Path) -> None:
     async def work() -> None:
-        async with running_bench(home, command=("/nowhere",)) as bench:
+        async with running_bench(tiny_home, command=("/nowhere",)) as bench:
             job = await bench.finished(bench.supervisor.submit(**bench.columns(SHORT)))
             assert job.error is not None
             assert (job.status, job.error.code) == ("failed", "internal_error")
             assert "No such file or directory" in job.error.message
-        async with running_bench(home, command=("\0",)) as bench:
+        async with running_bench(tiny_home, command=("\0",)) as bench:
             job = await bench.finished(bench.supervisor.submit(**bench.columns(SHORT)))
             assert job.error is not None
             assert (job.status, job.error.code) == ("failed", "internal_error")
@@ -89,9 +77,9 @@ def test_a_job_that_cannot_be_started_fails_and_does_not_block_its_device(home: 
     run(work())
 
 
-def test_what_a_killed_trainer_was_writing_does_not_stay_on_the_disk(home: Path) -> None:
+def test_what_a_killed_trainer_was_writing_does_not_stay_on_the_disk(tiny_home: Path) -> None:
     async def work() -> None:
-        async with running_bench(home) as bench:
+        async with running_bench(tiny_home) as bench:
             job = await bench.training(bench.supervisor.submit(**bench.columns(LONG)))
             half = bench.supervisor.run_folder(job).checkpoints / ".step_2.abcd.tmp"
             half.mkdir(parents=True)
@@ -103,9 +91,9 @@ def test_what_a_killed_trainer_was_writing_does_not_stay_on_the_disk(home: Path)
     run(work())
 
 
-def test_a_run_whose_folder_was_removed_has_not_succeeded(home: Path) -> None:
+def test_a_run_whose_folder_was_removed_has_not_succeeded(tiny_home: Path) -> None:
     async def work() -> None:
-        async with running_bench(home) as bench:
+        async with running_bench(tiny_home) as bench:
             job = await bench.training(bench.supervisor.submit(**bench.columns(SHORT | {"epochs": 50})))
             shutil.rmtree(bench.supervisor.run_folder(job).path)
             job = await bench.finished(job)
@@ -116,9 +104,9 @@ def test_a_run_whose_folder_was_removed_has_not_succeeded(home: Path) -> None:
     run(work())
 
 
-def test_what_the_trainer_refuses_is_the_reason_of_the_failure(home: Path) -> None:
+def test_what_the_trainer_refuses_is_the_reason_of_the_failure(tiny_home: Path) -> None:
     async def work() -> None:
-        async with running_bench(home) as bench:
+        async with running_bench(tiny_home) as bench:
             job = await bench.finished(bench.supervisor.submit(**bench.columns(SHORT | {"device": "npu:7"})))
             assert job.status == "failed"
             assert job.error is not None
@@ -128,12 +116,12 @@ def test_what_the_trainer_refuses_is_the_reason_of_the_failure(home: Path) -> No
     run(work())
 
 
-def test_a_large_file_is_checked_in_the_job_and_its_mistake_is_told_with_line_and_column(home: Path) -> None:
+def test_a_large_file_is_checked_in_the_job_and_its_mistake_is_told_with_line_and_column(tiny_home: Path) -> None:
     async def work() -> None:
-        async with running_bench(home) as bench:
+        async with running_bench(tiny_home) as bench:
             columns = bench.columns(SHORT, status="validating_files", data_files=["data/large.jsonl"])
             line = '{"input": "a", "output": "b"}\n'
-            large = home / "data" / "large.jsonl"
+            large = tiny_home / "data" / "large.jsonl"
             large.write_text(line * (SMALL_BYTES // len(line) + 1) + '{"input": }\n')
             job = bench.supervisor.submit(**columns)
             cancelled = bench.supervisor.submit(**columns)
@@ -165,18 +153,18 @@ async def _orphaned_job(home: Path) -> Job:
     return job
 
 
-def test_a_run_that_ended_while_the_service_was_away_is_completed_once(home: Path) -> None:
+def test_a_run_that_ended_while_the_service_was_away_is_completed_once(tiny_home: Path) -> None:
     async def work() -> None:
-        bench = make_bench(home)
+        bench = make_bench(tiny_home)
         job = bench.store.create(**bench.columns(SHORT))
         bench.database.close()
-        with supervisor_process(home) as process:
-            await _appears(home / "runs" / job.id / "events.jsonl")
+        with supervisor_process(tiny_home) as process:
+            await _appears(tiny_home / "runs" / job.id / "events.jsonl")
             process.send_signal(signal.SIGKILL)
             process.wait()
-            await _appears(home / "runs" / job.id / "result.json")
+            await _appears(tiny_home / "runs" / job.id / "result.json")
         for _ in range(2):
-            async with running_bench(home) as bench:
+            async with running_bench(tiny_home) as bench:
                 done = await bench.finished(job)
                 assert done.status == "succeeded"
                 assert bench.types(done).count("promoted") == bench.types(done).count("succeeded") == 1
@@ -185,10 +173,10 @@ def test_a_run_that_ended_while_the_service_was_away_is_completed_once(home: Pat
     run(work())
 
 
-def test_a_trainer_that_died_with_the_service_begins_again_a_bounded_number_of_times(home: Path) -> None:
+def test_a_trainer_that_died_with_the_service_begins_again_a_bounded_number_of_times(tiny_home: Path) -> None:
     async def work() -> None:
-        job = await _orphaned_job(home)
-        bench = make_bench(home)
+        job = await _orphaned_job(tiny_home)
+        bench = make_bench(tiny_home)
         pid = bench.store.get(job.id).pid
         bench.database.close()
         assert pid is not None
@@ -196,12 +184,17 @@ def test_a_trainer_that_died_with_the_service_begins_again_a_bounded_number_of_t
         async with asyncio.timeout(10):
             while is_alive(bench.supervisor.run_folder(job)):
                 await asyncio.sleep(0.05)
-        async with running_bench(home, max_job_restarts=1) as bench:
+        async with running_bench(tiny_home, max_job_restarts=1) as bench:
             again = await bench.training(job)
-            assert again.attempt == 2
+            assert (again.attempt, again.restarts) == (2, 1)
             assert bench.types(again).count("queued") == 2
-        async with running_bench(home, max_job_restarts=1) as bench:
-            given_up = bench.store.get(job.id)
+            assert again.pid is not None
+        bench = make_bench(tiny_home)
+        bench.store.record(job.id, status="running")  # as if this trainer had died with the service, too
+        bench.database.close()
+        bench.supervisor.run_folder(job).result.unlink()
+        async with running_bench(tiny_home, max_job_restarts=1) as bench:
+            given_up = await bench.finished(job)
             assert given_up.status == "failed"
             assert given_up.error is not None
             assert given_up.error.code == "too_many_restarts"
@@ -209,14 +202,14 @@ def test_a_trainer_that_died_with_the_service_begins_again_a_bounded_number_of_t
     run(work())
 
 
-def test_a_service_that_cannot_start_leaves_the_trainer_that_it_found_to_the_next_one(home: Path) -> None:
+def test_a_service_that_cannot_start_leaves_the_trainer_that_it_found_to_the_next_one(tiny_home: Path) -> None:
     async def work() -> None:
-        job = await _orphaned_job(home)
-        bench = make_bench(home)
+        job = await _orphaned_job(tiny_home)
+        bench = make_bench(tiny_home)
         await bench.supervisor.start()
         await bench.supervisor.stop(spare_adopted=True)
         bench.database.close()
-        async with running_bench(home) as bench:
+        async with running_bench(tiny_home) as bench:
             job = bench.store.get(job.id)
             assert (job.status, job.attempt) == ("running", 1)
             bench.supervisor.cancel(job.id)
@@ -225,9 +218,9 @@ def test_a_service_that_cannot_start_leaves_the_trainer_that_it_found_to_the_nex
     run(work())
 
 
-def test_a_job_that_cannot_be_taken_up_fails_alone(home: Path) -> None:
+def test_a_job_that_cannot_be_taken_up_fails_alone(tiny_home: Path) -> None:
     async def work() -> None:
-        bench = make_bench(home)
+        bench = make_bench(tiny_home)
         damaged = bench.store.create(**bench.columns(SHORT))
         bench.store.record(damaged.id, status="running")
         run = bench.supervisor.run_folder(damaged)
@@ -235,7 +228,7 @@ def test_a_job_that_cannot_be_taken_up_fails_alone(home: Path) -> None:
         run.result.write_text('{"status": "succ')
         next_ = bench.store.create(**bench.columns(SHORT))
         bench.database.close()
-        async with running_bench(home) as bench:
+        async with running_bench(tiny_home) as bench:
             damaged, next_ = await bench.finished(damaged), await bench.finished(next_)
             assert damaged.error is not None
             assert (damaged.status, damaged.error.code) == ("failed", "internal_error")
