@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from lm.tool_formats import ToolFormat
+from lm.tool_prompt import NO_PARAMETERS
 from service.json_schemas import JSON_STYLE, closed
 from service.schemas.messages import Function
-from service.tools.formats import ToolFormat
 
 MAX_CALLS = 16
 """In one answer. A model that has not learned to stop would call until its tokens are used up."""
-NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
 ANY_TEXT = r"TEXT: /(.|\n)*/"
 JSON_PIECES = re.compile(r'"[^"]*"|[^"]+')
 NO_OBJECT = r"TEXT: /[ \t\r\n]*([^ \t\r\n{](.|\n)*)?/"

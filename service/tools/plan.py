@@ -9,12 +9,12 @@ from typing import Any
 from lm.errors import UserError
 from lm.messages import Message
 from lm.template import ChatTemplate
+from lm.tool_formats import HERMES, ToolFormat, find_format
+from lm.tool_prompt import prompt_messages, shown_tool
 from service.json_schemas import check_schema
 from service.schemas.messages import AllowedToolChoice, Function, NamedToolChoice, Tool
-from service.tools.formats import HERMES, ToolFormat, find_format
 from service.tools.grammar import MAX_CALLS, calls_grammar, calls_or_answer
 from service.tools.parser import ToolParser
-from service.tools.prompt import described_messages, native_messages, shown_tools
 
 Choice = str | NamedToolChoice | AllowedToolChoice | None
 
@@ -75,12 +75,7 @@ class ToolPlan:
 
     def messages(self, messages: Sequence[Message]) -> Sequence[Message]:
         """As the template takes them. Raises UserError for calls whose arguments are no JSON object."""
-        has_tools = self.tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
-        if not has_tools:
-            return messages
-        if self.native_format is not None:
-            return native_messages(messages, self.native_format, self.template)
-        return described_messages(messages, self.tools, self.template)
+        return prompt_messages(messages, self.tools, self.template)[0]
 
     def parser(self) -> ToolParser:
         """For one answer."""
@@ -110,7 +105,7 @@ def plan_tools(
     return ToolPlan(
         template=template,
         native_format=native_format,
-        tools=shown_tools(functions) if chosen else (),
+        tools=[shown_tool(one.name, one.description, one.parameters) for one in functions] if chosen else (),
         functions=chosen,
         max_calls=1 if is_named or parallel_tool_calls is False else None,
         must_call=is_named or mode == "required",

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from lm.template import ChatTemplate
+from service.schemas.messages import Tool
+from service.tools.plan import plan_tools
 from tests.support.runs import events, make_run
 from trainer.config import load_run_config
 from trainer.data.errors import DataError
@@ -182,6 +184,24 @@ def test_held_out_records_may_have_a_file_of_their_own(load: Any, tmp_path: Path
     data = load([record("a", "b")], validation=validation)
     assert (len(data.training), len(data.validation)) == (1, 3)
     assert data.report["validation_records"] == 3
+
+
+TOOL = {"type": "function", "function": {"name": "now", "description": "The time"}}
+CALL: dict[str, Any] = {"role": "assistant", "tool_calls": [{"function": {"name": "now", "arguments": '{"zone": "北京"}'}}]}
+
+
+def test_tools_and_calls_are_written_as_they_are_when_served(load: Any, template: ChatTemplate) -> None:
+    """This template knows no tools: they stand in the system message, and calls in the text."""
+    messages: list[dict[str, Any]] = [TURNS[0], CALL, {"role": "tool", "content": "12:00"}, TURNS[1]]
+    (example,) = load([{"messages": messages, "tools": [TOOL]}]).training
+    call = '<tool_call>\n{"name": "now", "arguments": {"zone": "北京"}}\n</tool_call>'
+    assert trained_text(example, template) == f"{call}<|im_end|>Tuna.<|im_end|>"
+    tools = [Tool.model_validate(TOOL)]
+    plan = plan_tools(tools, None, None, template)
+    prompt = template.encode(plan.messages(messages[:3]), add_generation_prompt=True, tools=plan.template_tools)
+    assert list(example.ids[: len(prompt)]) == prompt
+    (example,) = load([{"messages": [*messages[:3], {**TURNS[1], "weight": 0}], "tools": [TOOL]}]).training
+    assert trained_text(example, template) == f"{call}<|im_end|>"
 
 
 PREFERENCE = {"prompt": "Who?", "chosen": "Tuna.", "rejected": "A cat, I think."}

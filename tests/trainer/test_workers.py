@@ -32,11 +32,11 @@ def spec(tiny_llama: Path) -> EncoderSpec:
     )
 
 
-def records(count: int, **more: Any) -> Iterator[Record]:
+def records(count: int) -> Iterator[Record]:
     for number in range(count):
         weight = {"weight": 0} if number % 3 == 0 else {}
         turns = [{"role": "user", "content": f"Q {number}"}, {"role": "assistant", "content": "ä" * 9, **weight}]
-        yield to_record({"messages": turns, **more}, f"here, record {number + 1}")
+        yield to_record({"messages": turns}, f"here, record {number + 1}")
 
 
 def test_all_records_come_back_in_order_and_as_this_process_encodes_them(
@@ -54,10 +54,10 @@ def test_a_bad_record_ends_it_where_it_stands_and_its_processes_too(
 ) -> None:
     monkeypatch.setattr(workers, "CHUNK_RECORDS", 4)
     good = list(records(10))
-    bad = next(records(1, tools=[{"type": "function", "function": {"name": "now"}}]))
+    bad = to_record({"prompt": "a", "chosen": "b", "rejected": "c"}, "here, record 11")
     apart = encode_apart([*good, bad, *good], spec, 2)
     assert [next(apart)[0].where for _ in good] == [record.where for record in good]
-    with pytest.raises(DataError, match=r"^here, record 1: messages: the chat template .* does not write tools"):
+    with pytest.raises(DataError, match=r"^here, record 11: a preference of two answers"):
         next(apart)
     assert children() == []
 

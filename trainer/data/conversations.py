@@ -8,6 +8,7 @@ from typing import Any
 
 from lm.errors import UserError
 from lm.messages import check_messages, template_messages
+from lm.tool_prompt import shown_tool
 from trainer.data.errors import DataError, kind, quoted
 
 Messages = list[dict[str, Any]]
@@ -45,7 +46,7 @@ def checked_messages(messages: Any, where: str, param: str | None) -> Messages:
     """Messages with a `weight` here and there, one of them an assistant's. Raises DataError."""
     try:
         plain = [_plain(message, index) for index, message in enumerate(messages)] if _is_list(messages) else messages
-        without = [without_weight(message) for message in plain] if _is_list(plain) else plain
+        without = [_checkable(message) for message in plain] if _is_list(plain) else plain
         check_messages(without, with_tools=True)
         if any(message.get("tool_calls") for message in plain):
             template_messages(without)  # for the arguments of calls, which are JSON
@@ -62,17 +63,15 @@ def checked_messages(messages: Any, where: str, param: str | None) -> Messages:
 
 def without_weight(message: Any) -> Any:
     """The message as a chat template takes it."""
-    if isinstance(message, Mapping) and message.get("role") == "assistant" and "weight" in message:
+    if isinstance(message, Mapping) and "weight" in message:
         return {field: value for field, value in message.items() if field != "weight"}
     return message
 
 
-def trained_answers(messages: Sequence[Mapping[str, Any]], *, first: int = 0) -> list[int]:
-    """Indexes of the assistants' messages from `first` on whose weight is not 0."""
+def trained_answers(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Indexes of the assistants' messages whose weight is not 0."""
     return [
-        index
-        for index, message in enumerate(messages)
-        if index >= first and message["role"] == "assistant" and message.get("weight") != 0
+        index for index, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight") != 0
     ]
 
 
@@ -111,7 +110,16 @@ def _tool(tool: Any, what: str, param: str | None) -> dict[str, Any]:
             f"(got {tool!r:.80})",
             param=param,
         )
-    return dict(tool)
+    parameters = function.get("parameters")
+    if parameters is not None and not isinstance(parameters, dict):
+        raise DataError(f"{what}.function.parameters must be an object, not {kind(parameters)}", param=param)
+    return shown_tool(function["name"], function.get("description"), parameters)
+
+
+def _checkable(message: Any) -> Any:
+    """Only an assistant's message may have a weight."""
+    is_answer = isinstance(message, Mapping) and message.get("role") == "assistant"
+    return without_weight(message) if is_answer else message
 
 
 def _is_list(value: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 from lm.errors import UserError
 from lm.template import ChatTemplate
 from lm.tokenizer import Tokenizer
+from lm.tool_prompt import prompt_messages
 from trainer.data.conversations import Messages, trained_answers, without_weight
 from trainer.data.errors import DataError
 from trainer.data.records import Record
@@ -69,23 +70,26 @@ class Encoder:
         if record.text is not None:
             prompt = "" if self.masking == "all" else record.prompt
             return encode_text(record.text, len(prompt), self.template.tokenizer)
-        return self._chat(record, record.messages, first=0)
+        return self._chat(record, record.messages)
 
     def _pair(self, record: Record) -> list[Tokens]:
         """Answers that both conversations begin with belong to the prompt."""
         shared = sum(takewhile(bool, map(eq, record.messages, record.rejected)))
-        return [self._chat(record, messages, first=shared) for messages in (record.messages, record.rejected)]
+        prompt = [{**message, "weight": 0} for message in record.messages[:shared]]
+        return [self._chat(record, [*prompt, *messages[shared:]]) for messages in (record.messages, record.rejected)]
 
-    def _chat(self, record: Record, messages: Messages, *, first: int) -> Tokens:
-        answers = trained_answers(messages, first=first)
+    def _chat(self, record: Record, messages: Messages) -> Tokens:
+        """Tools and calls are written as in a prompt that is served."""
+        written, tools = prompt_messages(messages, record.tools or (), self.template)
+        answers = trained_answers(written)
         if self.masking == "last":
-            last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+            last = max(index for index, message in enumerate(written) if message["role"] == "assistant")
             answers = [index for index in answers if index == last]
         return self.template.encode_with_mask(
-            [without_weight(message) for message in messages],
+            [without_weight(message) for message in written],
             train_on_input=self.masking == "all",
             answers=answers,
-            tools=record.tools,
+            tools=tools,
         )
 
     def _cut(self, ids: list[int], mask: list[bool], record: Record) -> list[Tokens]:

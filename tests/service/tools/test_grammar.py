@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from lm.tokenizer import Tokenizer, load_tokenizer
+from lm.tool_formats import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolFormat
 from service.engine.grammar import GrammarCompiler
 from service.engine.sequence import Matcher
 from service.schemas.messages import Function
 from service.structured_output import json_object, json_schema, lark_or_gbnf, regex
-from service.tools.formats import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolFormat
 from service.tools.grammar import MAX_CALLS, calls_grammar, calls_or_answer
 from service.tools.parser import ArgumentsDelta, CallStart, ToolParser
 from tests.support.chat_templates import add_special_tokens, write_chat_model

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.tools.formats import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolFormat
+from lm.tool_formats import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolFormat
 from service.tools.parser import ArgumentsDelta, CallStart, ContentDelta, Delta, ToolParser
 
 NAMES = ("f", "get_weather", "get_time")

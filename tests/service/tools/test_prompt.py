@@ -11,8 +11,8 @@ from lm.default_templates import DEFAULT_TEMPLATES
 from lm.errors import UserError
 from lm.template import ChatTemplate, load_template
 from lm.tokenizer import load_tokenizer
+from lm.tool_formats import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolFormat, find_format
 from service.schemas.messages import Function, Tool
-from service.tools.formats import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolFormat, find_format
 from service.tools.plan import ToolPlan, plan_tools
 from tests.support.chat_templates import write_chat_model
 from tests.support.tiny_tokenizers import write_tokenizer

@@ -3,6 +3,7 @@
 Templates that know a format of calls get tools, calls and results as they are, but for what they would refuse. For all
 other templates, so that any model can be asked, the tools stand in the system message, in Hermes's form; calls of the
 assistant become `<tool_call>` blocks of its text, and their results `<tool_response>` blocks of a message of the user.
+Serving and training write the same. Torch-free.
 """
 
 from __future__ import annotations
@@ -10,16 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from lm.errors import UserError
 from lm.messages import Message, template_messages
 from lm.template import ChatTemplate
-from service.schemas.messages import Function
-from service.tools.formats import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolFormat
-from service.tools.grammar import NO_PARAMETERS
+from lm.tool_formats import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolFormat, find_format
 
 TOOLS_PROMPT = """\
 # Tools
@@ -34,23 +33,34 @@ To call a function, write its name and its arguments as a JSON object between <t
 {{"name": "function-name", "arguments": {{"argument-name": "value"}}}}
 </tool_call>
 The results come back between <tool_response> tags."""
+NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
+"""Of a function without any."""
 MISTRAL_ID = re.compile(r"[a-zA-Z0-9]{9}")
 ONE_CALL_ONLY = "single tool-call"
 """In the error of Llama's templates for several calls in one message."""
 
 
-def shown_tools(functions: Sequence[Function]) -> list[dict[str, Any]]:
-    """In OpenAI's form, which templates take. Some read the parameters without asking whether there are any."""
-    return [
-        {
-            "type": "function",
-            "function": {
-                **function.model_dump(include={"name", "description"}, exclude_none=True),
-                "parameters": function.parameters or dict(NO_PARAMETERS),
-            },
-        }
-        for function in functions
-    ]
+def shown_tool(name: str, description: str | None, parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A function in OpenAI's form, which templates take. Some read the parameters without asking whether there are any."""
+    described = {} if description is None else {"description": description}
+    function = {"name": name, **described, "parameters": dict(parameters or NO_PARAMETERS)}
+    return {"type": "function", "function": function}
+
+
+def prompt_messages(
+    messages: Sequence[Message], tools: Sequence[dict[str, Any]], template: ChatTemplate
+) -> tuple[Sequence[Message], Sequence[dict[str, Any]] | None]:
+    """Messages and tools as `template` takes them. Fields that it does not know, such as a `weight`, stay where they are.
+
+    Raises UserError for arguments of a call that are no JSON object.
+    """
+    has_tools = tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+    if not has_tools:
+        return messages, None
+    native = find_format(template)
+    if native is None:
+        return described_messages(messages, tools, template), None
+    return native_messages(messages, native, template), tools or None
 
 
 def native_messages(messages: Sequence[Message], format: ToolFormat, template: ChatTemplate) -> list[Message]:
@@ -88,7 +98,7 @@ def _described(message: dict[str, Any]) -> dict[str, Any]:
         function = call["function"]
         arguments = json.dumps(function["arguments"], ensure_ascii=False)
         content += (HERMES.separator if content else "") + HERMES.write(function["name"], arguments)
-    return {"role": message["role"], "content": content}
+    return {**{field: value for field, value in message.items() if field != "tool_calls"}, "content": content}
 
 
 def _with_prompt(
@@ -145,7 +155,7 @@ def _taking_turns(message: dict[str, Any], results: list[dict[str, Any]]) -> Ite
     """The calls of `message`, each with its result, which is taken out of `results`."""
     for call in message.pop("tool_calls"):
         yield {**message, "tool_calls": [call]}
-        message = {"role": "assistant"}
+        message = {field: value for field, value in message.items() if field != "content"}
         for result in [result for result in results if result.get("tool_call_id") == call.get("id")]:
             results.remove(result)
             yield result

@@ -4,6 +4,8 @@ hermes        `<tool_call>\\n{"name": "f", "arguments": {...}}\\n</tool_call>`, 
 llama3        `{"name": "f", "parameters": {...}}` and nothing else, several with `; ` between (Llama 3.1 to 3.3)
 mistral       `[TOOL_CALLS][{"name": "f", "arguments": {...}}, ...]` (Mistral v3, Nemo)
 mistral_args  `[TOOL_CALLS]f[ARGS]{...}`, one behind the other (Mistral's later models)
+
+Torch-free.
 """
 
 from __future__ import annotations
