@@ -70,11 +70,11 @@ class FileStore:
             path.unlink(missing_ok=True)
             raise
 
-    def keep(self, data: bytes, *, file_id: str, filename: str, purpose: FilePurpose) -> StoredFile:
+    async def keep(self, data: bytes, *, file_id: str, filename: str, purpose: FilePurpose) -> StoredFile:
         """Keep a file that the service made; with an id that is there already, nothing changes."""
         if self._row(file_id) is not None:
             return self.get(file_id)
-        path = self._copy(io.BytesIO(data))
+        path = await asyncio.to_thread(self._copy, io.BytesIO(data))
         try:
             return self._add(path, file_id, filename=filename, purpose=purpose)
         except BaseException:

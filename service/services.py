@@ -147,7 +147,7 @@ def _start(settings: Settings, codec: Codec, database: Database, engine_type: ty
             store,
             promoter,
             Retention(store, registry, serving, settings.runs_dir),
-            Ending(store, promoter, webhooks, ResultFiles(store, files).write),
+            Ending(store, promoter, webhooks, ResultFiles(store, files, settings.runs_dir).write),
             Launcher(registry, settings),
             DeviceArbiter(engine, settings),
             settings,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from service.jobs.job import Job, JobError, Status
@@ -14,11 +14,11 @@ from service.jobs.webhooks import Webhooks
 
 logger = logging.getLogger(__name__)
 
-WriteResults = Callable[[Job], tuple[str, ...]]
+WriteResults = Callable[[Job], Awaitable[tuple[str, ...]]]
 """Puts the metrics of a job that succeeds into files of /v1/files, and gives their ids. Doing it twice is harmless."""
 
 
-def no_results(job: Job) -> tuple[str, ...]:
+async def no_results(job: Job) -> tuple[str, ...]:
     return ()
 
 
@@ -31,13 +31,16 @@ class Ending:
         self._webhooks = webhooks
         self._write_results = write_results
 
+    async def write_results(self, job: Job) -> None:
+        """Before the end of a job that succeeded; a second time, after the service died in between, is harmless."""
+        self._store.record(job.id, result_files=await self._write_results(job))
+
     def end(self, job_id: str, status: Status, error: JobError | None) -> None:
         job = self._store.get(job_id)
         event: dict[str, Any] = {"type": status}
         if error is not None:
             event |= {"code": error.code, "message": error.message, "param": error.param, "log_tail": error.log_tail}
         result = self._promoter.result(job) if status == "succeeded" else None
-        files = self._write_results(job) if status == "succeeded" else ()
         if result is not None:
             event["fine_tuned_model"] = result.id
         with self._store.database.transaction():
@@ -49,7 +52,6 @@ class Ending:
                 error=error,
                 finished_at=time.time(),
                 fine_tuned_model=result and result.id,
-                result_files=files,
             )
             self._webhooks.add(self._store.get(job_id))
         self._webhooks.wake()
