@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import tracemalloc
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer.data import json_source
 from trainer.data.errors import MAX_RECORD_BYTES, DataError
+from trainer.data.json_source import json_values
 from trainer.data.records import check_records, read_records, to_record
 
 PAIR = {"input": "Who are you?", "output": "I am Tuna."}
@@ -202,3 +205,36 @@ def test_any_bytes_are_records_or_a_mistake_of_the_user(tmp_path_factory: pytest
     path = write(tmp_path_factory.mktemp("records"), data)
     with contextlib.suppress(DataError):
         assert list(read_records(path))
+
+
+elements = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(values=st.lists(elements, max_size=6), indent=st.sampled_from([None, 1]), size=st.integers(1, 40))
+def test_a_list_is_read_block_by_block(values: list[Any], indent: int | None, size: int) -> None:
+    text = json.dumps(values, indent=indent, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    with contextlib.suppress(UnicodeDecodeError), pytest.MonkeyPatch.context() as patch:
+        text.decode()
+        whole = list(json_values(io.BytesIO(text), "a"))
+        assert [value for _, value in whole] == values
+        patch.setattr(json_source, "BLOCK_BYTES", size)
+        assert list(json_values(io.BytesIO(text), "a")) == whole
+
+
+@given(cut=st.integers(1, 60), size=st.integers(1, 40), put=st.sampled_from([b"", b"x", b"]", b'"', b"\xff", b"}"]))
+def test_what_is_wrong_with_a_list_does_not_depend_on_its_blocks(cut: int, size: int, put: bytes) -> None:
+    text = b'[{"input": "a",\n "output": "b"},\n\n {"input": "\xe4\xbd\xa0", "n": [1, 2.5]}]'
+    text = text[:cut] + put + text[cut + 1 :]
+    told = []
+    for block in (1 << 20, size):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(json_source, "BLOCK_BYTES", block)
+            try:
+                told.append(str(list(json_values(io.BytesIO(text), "a"))))
+            except DataError as error:
+                told.append(str(error))
+    assert told[0] == told[1]
