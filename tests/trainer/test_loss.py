@@ -51,6 +51,19 @@ def test_without_gradients_the_loss_is_the_same(inputs: tuple[Tensor, Tensor, Te
     assert loss.item() == pytest.approx(cross_entropy(hidden, weight, targets)[0].item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 1000])
+def test_the_rows_whose_target_is_the_likeliest_are_counted(inputs: tuple[Tensor, Tensor, Tensor], rows: int) -> None:
+    hidden, weight, targets = inputs
+    likeliest = (hidden @ weight.T).argmax(-1)
+    mixed = torch.where(torch.arange(NUM_ROWS) % 3 == 0, likeliest, targets)
+    expected = int((mixed == likeliest).sum())
+    assert expected >= 4
+    _, count = cross_entropy(hidden, weight, mixed, max_logits_bytes=rows * VOCAB * 4)
+    assert (count.item(), count.requires_grad) == (expected, False)
+    with torch.no_grad():
+        assert cross_entropy(hidden, weight, mixed, max_logits_bytes=rows * VOCAB * 4)[1].item() == expected
+
+
 def test_a_frozen_output_matrix_gets_no_gradient(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
     hidden, weight, targets = inputs
     cross_entropy(hidden, weight.detach(), targets)[0].backward()
