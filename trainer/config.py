@@ -62,7 +62,8 @@ class TrainingOptions(Strict):
     """Update each weight as soon as its gradient is there, and free the gradient: less memory. Not with
     gradient_accumulation_steps above 1, and `max_grad_norm` must be null."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Decoupled decay, on matrices only: norms and biases are left out."""
+    """Decay of the weights, apart from the gradient (with sgd a part of it), on matrices only: norms and biases are left
+    out."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are scaled down to this global norm; null switches it off."""
     max_seq_len: Annotated[int, Field(ge=8, le=1_048_576)] = 1024

@@ -76,8 +76,11 @@ def test_transformers_computes_with_our_checkpoint_as_we_do(tmp_path: Path, tiny
     assert not torch.allclose(logits(base), expected, atol=1e-2)
 
 
-def test_peft_computes_with_our_adapter_as_transformers_with_the_merged_model(tmp_path: Path, tiny_llama: Path) -> None:
-    run = make_run(tmp_path / "run", tiny_llama, recipe="lora", epochs=2, learning_rate=1e-2)
+@pytest.mark.parametrize("lora", [{}, {"use_rslora": True}, {"use_dora": True, "rank": 2}], ids=str)
+def test_peft_computes_with_our_adapter_as_transformers_with_the_merged_model(
+    tmp_path: Path, tiny_llama: Path, lora: dict[str, Any]
+) -> None:
+    run = make_run(tmp_path / "run", tiny_llama, recipe="lora", epochs=2, learning_rate=1e-2, lora=lora)
     ours = train_here(run).model.eval()
     with torch.no_grad():
         expected = ours.logits(ours(IDS, torch.arange(IDS.shape[1])[None]))
