@@ -190,7 +190,7 @@ def test_a_trainer_that_died_with_the_service_begins_again_a_bounded_number_of_t
             assert bench.types(again).count("queued") == 2
             assert again.pid is not None
         bench = make_bench(tiny_home)
-        bench.store.record(job.id, status="running")  # as if this trainer had died with the service, too
+        bench.store.record(job.id, status="running", pid=again.pid)  # as if this trainer had died with the service, too
         bench.database.close()
         bench.supervisor.run_folder(job).result.unlink()
         async with running_bench(tiny_home, max_job_restarts=1) as bench:
