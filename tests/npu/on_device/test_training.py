@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,18 @@ from trainer.run_folder import RunFolder, RunResult
 from trainer.supervised import SupervisedRecipe
 
 RECORDS = [{"input": f"who is number {n}?", "output": f"the {n}th one, and {'very ' * n}glad"} for n in range(6)]
+PAIRS = [
+    {"prompt": f"who is number {n}?", "chosen": f"the {n}th one", "rejected": "who" * n + "?"} for n in range(1, 7)
+]
+METHODS: dict[str, dict[str, Any]] = {
+    "DoRA": {"recipe": "lora", "lora": {"use_dora": True, "use_rslora": True}},
+    "DPO of an adapter": {"recipe": "dpo", "records": PAIRS, "learning_rate": 1e-3},
+    "DPO of the model": {"recipe": "dpo", "records": PAIRS, "learning_rate": 1e-3, "dpo": {"update": "full"}},
+    "adamw_8bit": {"recipe": "full", "optimizer": "adamw_8bit"},
+    "sgd": {"recipe": "full", "optimizer": {"name": "sgd", "momentum": 0.9}},
+    "adafactor": {"recipe": "full", "optimizer": "adafactor", "learning_rate": 1e-2},
+    "in backward": {"recipe": "full", "optimizer_in_backward": True, "max_grad_norm": None},
+}
 TENSORS_PER_BATCH = 4
 
 FineTune = Callable[..., tuple[RunResult, RunFolder]]
@@ -42,11 +55,11 @@ def stop() -> Iterator[StopRequest]:
 def finetune(tmp_path: Path, tiny_llama: Path, stop: StopRequest) -> FineTune:
     """Train three steps in a run folder named after the options."""
 
-    def train(**options: Any) -> tuple[RunResult, RunFolder]:
-        folder = RunFolder(tmp_path / "-".join(map(str, options.values())))
+    def train(records: list[dict[str, str]] = RECORDS, **options: Any) -> tuple[RunResult, RunFolder]:
+        folder = RunFolder(tmp_path / re.sub(r"\W+", "-", "-".join(map(str, options.values()))))
         folder.path.mkdir()
         data = folder.path / "records.jsonl"
-        data.write_text("\n".join(map(json.dumps, RECORDS)), encoding="utf-8")
+        data.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
         config = {"model": str(tiny_llama), "data_files": [str(data)], "max_steps": 3, "batch_size": 2, **options}
         folder.config.write_text(yaml.safe_dump(config), encoding="utf-8")
         return run(folder, stop), folder
@@ -75,6 +88,16 @@ def test_three_steps_have_the_losses_of_the_cpu(recipe: str, packed: bool, finet
         losses[device] = values(folder, "step", "loss")
     assert len(losses["npu"]) == 3
     assert losses["npu"] == pytest.approx(losses["cpu"], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_the_losses_of_the_cpu(method: str, finetune: FineTune) -> None:
+    losses = {}
+    for device in ("npu", "cpu"):
+        result, folder = finetune(device=device, dtype="fp32", **METHODS[method])
+        assert result.status == "succeeded", result.error_message
+        losses[device] = values(folder, "step", "loss")
+    assert losses["npu"] == pytest.approx(losses["cpu"], rel=1e-4)
 
 
 @pytest.mark.parametrize("recipe", ["full", "lora"])
