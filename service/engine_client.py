@@ -110,6 +110,11 @@ class EngineClient:
         """Requests whose end has not come."""
         return len(self._requests)
 
+    @property
+    def has_given_up(self) -> bool:
+        """Whether the engine refused its configuration and is not started again by itself."""
+        return self.state == "dead" and self._supervisor is not None and self._supervisor.done()
+
     async def start(self) -> None:
         """Start the process and wait until it is ready and `on_ready` has returned, or until it has died.
 

@@ -48,6 +48,14 @@ class Gate:
         self.since = time.time()
         self._opened.clear()
 
+    def sleep(self) -> None:
+        """What it was closed for has begun."""
+        self.phase = "asleep"
+
+    def wake(self) -> None:
+        """It is about to open."""
+        self.phase, self.reason, self._seconds_left = "waking", "the engine is waking up", unknown_end
+
     def open(self) -> None:
         """Let all go on who wait; they do so before a `close` that is yet to be scheduled."""
         self.phase, self.reason, self.since = "awake", "", None

@@ -37,10 +37,14 @@ class Generator:
     admission: Admission
 
     def ready_engine(self) -> EngineReady:
-        """Raises ApiError 503 while there is none."""
-        if self.engine.ready is None:
+        """Of one that sleeps, what it was; its requests wait. Raises ApiError 503 while there is none."""
+        gate = self.serving.gate
+        ready = self.engine.ready if gate.is_open else self.engine.known
+        if ready is None and not gate.is_open:
+            raise gate.refusal()
+        if ready is None:
             raise unavailable("no model is loaded yet; GET /health says what the engine is doing", retry_after=5)
-        return self.engine.ready
+        return ready
 
     def answers_for(self, asks: Sequence[Ask]) -> list[Answer]:
         """The answers that `run` will bring, in order. Raises ApiError 503 while there is no engine."""

@@ -12,7 +12,17 @@ from typing import Any, Literal, TypeVar, get_args
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from service.engine.messages import EngineReady, FinishReason, RequestTiming, StepStats
-from service.histogram import Histogram
+from service.gate import Gate
+from service.histogram import (
+    INTER_TOKEN,
+    ITERATION_TOKENS,
+    LATENCY,
+    PREEMPTIONS,
+    SMALL_NUMBERS,
+    TOKENS,
+    TTFT,
+    Histogram,
+)
 from service.jobs.job import Status
 from service.rates import Rates
 
@@ -24,19 +34,11 @@ WaitReason = Literal["capacity", "deferred"]
 TokenSource = Literal["local_compute", "local_cache_hit"]
 MetricT = TypeVar("MetricT", Counter, Gauge)
 
+SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
+"""vLLM's. Ours ends its process, and keeps nothing."""
+
 FINISHED: dict[AbortCause, str] = {"client": "abort", "engine": "error", "error": "error"}
 """How an aborted answer is counted among the finished ones. What a shutdown cuts off is told as finished by itself."""
-
-TTFT = (
-    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
-    *(1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
-)
-INTER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
-LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
-TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
-SMALL_NUMBERS = (1, 2, 5, 10, 20)
-PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
-ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 
 IDLE = StepStats(
     num_running=0,
@@ -61,6 +63,7 @@ class Metrics:
         self._num_blocks = 0
         self._stats = IDLE
         """Of the last step: read when somebody asks, since steps come more often."""
+        self._waiting_for_engine: Callable[[], int] = lambda: 0
         self._decode, self._prefill, self._bytes = Rates(), Rates(), Rates()
         self._define_engine()
         self._define_requests()
@@ -70,12 +73,12 @@ class Metrics:
         running = self._vllm(Gauge, "num_requests_running", "Requests that the engine computes.")
         running.set_function(lambda: self._stats.num_running)
         waiting = self._vllm(Gauge, "num_requests_waiting", "Requests that wait to be computed.")
-        waiting.set_function(lambda: self._stats.num_waiting)
+        waiting.set_function(lambda: self._stats.num_waiting + self._waiting_for_engine())
         by_reason = self._vllm_by(
             Gauge, "num_requests_waiting_by_reason", "The same, by what they wait for.", "reason", get_args(WaitReason)
         )
         by_reason["capacity"].set_function(lambda: self._stats.num_waiting - self._stats.num_deferred)
-        by_reason["deferred"].set_function(lambda: self._stats.num_deferred)
+        by_reason["deferred"].set_function(lambda: self._stats.num_deferred + self._waiting_for_engine())
         cache_usage = self._vllm(Gauge, "kv_cache_usage_perc", "Used share of the KV cache; 1 is all of it.")
         cache_usage.set_function(lambda: self._stats.used_blocks / self._num_blocks if self._num_blocks else 0)
         self.cache_config = Gauge(
@@ -141,6 +144,13 @@ class Metrics:
         self.swap_seconds = Histogram(
             "tuneserve:weights_swap_seconds", "Time of a change of weights.", TTFT, labels={}, registry=self.registry
         )
+        self.sleep_seconds = Histogram(
+            "tuneserve:engine_sleep_seconds",
+            "Time for which the engine left its device to a trainer, until it served again.",
+            LATENCY,
+            labels={},
+            registry=self.registry,
+        )
         self.aborted = self._ours(Counter, "requests_aborted", "Requests that ended without an answer.", ["cause"])
         self.job_counts = self._ours(Gauge, "jobs", "Fine-tuning jobs.", ["status"])
         self.train_loss = self._ours(Gauge, "train_loss", "Loss of the newest training step.")
@@ -154,6 +164,17 @@ class Metrics:
         ):
             for value in values:
                 metric.labels(value)
+
+    def watch(self, gate: Gate) -> None:
+        """Tell of the engine's sleep, in the states of vLLM, and of the requests that wait for its end."""
+        state = self._vllm_by(Gauge, "engine_sleep_state", "1 for the state it is in.", "sleep_state", SLEEP_STATES)
+        state["awake"].set_function(lambda: float(gate.is_open))
+        state["weights_offloaded"].set(0)
+        state["discard_all"].set_function(lambda: float(gate.phase in ("asleep", "waking")))
+        self._waiting_for_engine = lambda: gate.num_waiting
+
+    def woke(self, seconds: float) -> None:
+        self.sleep_seconds.observe(seconds)
 
     # ---- the engine
 

@@ -128,6 +128,9 @@ class _Server(uvicorn.Server):
         if not self._is_announced and self._services.is_ready:
             self._is_announced = True
             print(f"TuneServe is ready at {self._url} and serves {self._services.settings.model_name}", flush=True)
+        elif not self._is_announced and self._services.is_asleep:
+            self._is_announced = True
+            print(f"TuneServe is at {self._url}: {self._services.serving.gate.reason}", flush=True)
         elif not self._is_announced and (reason := self._services.failure) is not None:
             self.failed = True
             logger.error("the service cannot start: %s", reason.splitlines()[0])
@@ -135,6 +138,7 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def _drained(self, until: float) -> bool:
+        await self._services.sleep.close()
         if self._services.admission.active and time.monotonic() < until:
             return False
         self._services.store.release_followers()

@@ -43,6 +43,8 @@ class EngineConfig(Message, frozen=True):
     swap: SwapMode = "auto"
     num_threads: int | None = None
     """CPU threads; None takes all cores."""
+    memory_fraction: float | None = None
+    """Share of the device's memory that the engine may take, where a trainer uses it too; None is all. Not on a CPU."""
     seed: int = 0
 
 
@@ -143,6 +145,10 @@ class EngineReady(Message, frozen=True):
     """Bytes per second that the device can read."""
     peak_bandwidth_source: Literal["measured", "assumed"]
     torch_version: str
+    memory_total: int = 0
+    """Bytes that the device has; 0 is not known."""
+    memory_needed: int = 0
+    """Those that the engine takes at most: the KV pool, and as many sets of weights as it makes room for."""
 
 
 class ModelLoaded(Message, frozen=True):

@@ -22,8 +22,13 @@ def pool_budget(*, free_bytes: int, weight_bytes: int, share: float, swap: SwapM
 
     Room for a second set is left where swaps overlap; `auto` leaves it where that costs no more than half.
     """
+    return int(share * (free_bytes - weight_bytes * num_sets(free_bytes, weight_bytes, swap)))
+
+
+def num_sets(free_bytes: int, weight_bytes: int, swap: SwapMode) -> int:
+    """Sets of weights that there is room for, where each has so many bytes."""
     has_two_sets = swap == "overlap" or (swap == "auto" and 2 * weight_bytes <= free_bytes / 2)
-    return int(share * (free_bytes - weight_bytes * (2 if has_two_sets else 1)))
+    return 2 if has_two_sets else 1
 
 
 def plan_pool(config: EngineConfig, *, model_len: int, block_size: int, block_bytes: int, budget: int) -> PoolPlan:

@@ -6,11 +6,21 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import torch
 
 from lm.cache import KVCache
 from lm.config import load_config
-from lm.device import DeviceChoice, DtypeChoice, choose_dtype, memory_figures, peak_bandwidth, resolve_device
+from lm.device import (
+    DeviceChoice,
+    DtypeChoice,
+    MemoryFigures,
+    choose_dtype,
+    limit_memory,
+    memory_figures,
+    peak_bandwidth,
+    resolve_device,
+)
 from lm.errors import UserError
 from lm.ops import choose_ops
 from service.engine.blocks import BlockPool
@@ -18,7 +28,7 @@ from service.engine.core import Engine, Parts
 from service.engine.grammar import GrammarCompiler
 from service.engine.loader import Target
 from service.engine.messages import EngineConfig, EngineReady
-from service.engine.pool import PoolPlan, plan_pool, pool_budget
+from service.engine.pool import PoolPlan, num_sets, plan_pool, pool_budget
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
 from service.engine.weights import WeightStore
@@ -42,15 +52,22 @@ def build_engine(config: EngineConfig, *, wake: Callable[[], None] = lambda: Non
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device = resolve_device(config.device)
+    if config.memory_fraction is not None:
+        limit_memory(device.device, config.memory_fraction)
     dtype = choose_dtype(config.dtype, device.device)
     ops, variants = choose_ops(device.device, dtype.dtype)
     target = Target(config=load_config(Path(config.base_dir)), device=device.device, dtype=dtype.dtype, ops=ops)
     block_size = HOST_BLOCK_SIZE if device.device.type == "cpu" else BLOCK_SIZE
-    plan = _plan_pool(config, target, block_size)
+    figures = memory_figures(device.device)
+    plan = _plan_pool(config, target, block_size, free_bytes := _free_bytes(config, target, figures))
     cache = _allocate(target, plan, block_size)
     limits = {"max_num_seqs": config.max_num_seqs, "max_num_batched_tokens": config.max_num_batched_tokens}
     parts = Parts(
-        ready=_describe(config, device, dtype, variants, plan, block_size),
+        ready=msgspec.structs.replace(
+            _describe(config, device, dtype, variants, plan, block_size),
+            memory_total=figures.total,
+            memory_needed=_needed_bytes(config, target, plan, block_size, free_bytes),
+        ),
         scheduler=Scheduler(BlockPool(plan.num_blocks), block_size=block_size, **limits),
         runner=Runner(
             cache,
@@ -69,9 +86,21 @@ def build_engine(config: EngineConfig, *, wake: Callable[[], None] = lambda: Non
     return Engine(parts)
 
 
-def _plan_pool(config: EngineConfig, target: Target, block_size: int) -> PoolPlan:
+def _free_bytes(config: EngineConfig, target: Target, figures: MemoryFigures) -> int:
+    """What the engine may take of the device, before it has taken anything."""
+    if config.memory_fraction is None or target.device.type == "cpu":
+        return figures.free
+    return min(figures.free, int(config.memory_fraction * figures.total))
+
+
+def _needed_bytes(config: EngineConfig, target: Target, plan: PoolPlan, block_size: int, free_bytes: int) -> int:
+    pool = plan.num_blocks * block_size * target.kv_token_bytes
+    return pool + target.num_bytes * num_sets(free_bytes, target.num_bytes, config.swap)
+
+
+def _plan_pool(config: EngineConfig, target: Target, block_size: int, free_bytes: int) -> PoolPlan:
     budget = pool_budget(
-        free_bytes=memory_figures(target.device).free,
+        free_bytes=free_bytes,
         weight_bytes=target.num_bytes,
         share=HOST_MEMORY_SHARE if target.device.type == "cpu" else MEMORY_SHARE,
         swap=config.swap,

@@ -17,7 +17,7 @@ from typing import Any
 from service.jobs.job import Job
 from service.jobs.store import JobStore
 from service.registry import Entry, Registry
-from service.serving import NoEngineError, Serving, SwapError
+from service.serving import Serving, SwapError
 from trainer.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Promoter:
 
     async def during(self, job: Job, new: Mapping[str, Any]) -> None:
         """After a checkpoint event of a running job."""
-        if job.promote == "each":
+        if job.promote == "each" and self.serving.gate.is_open:  # what sleeps gets the last one at the end
             await self._promote(job, self.registry.get(new["model"]), timeout_s=0)
 
     async def at_end(self, job: Job) -> None:
@@ -78,21 +78,12 @@ class Promoter:
             self.store.record(job.id, [{"type": "not_promoted", "model": entry.id, "message": reason}])
             return
         try:
-            await self._swap_to(entry, f"job {job.id}", timeout_s)
+            await self.serving.promote_when_serving(entry.id, f"job {job.id}", timeout_s)
         except SwapError as error:
             logger.error("%s could not be promoted: %s", entry.id, error)
             self.store.record(job.id, [{"type": "promotion_failed", "model": entry.id, "message": str(error)}])
         else:
             self.store.record(job.id, [{"type": "promoted", "model": entry.id}])
-
-    async def _swap_to(self, entry: Entry, reason: str, timeout_s: float) -> None:
-        """Tries again when the engine went away: it may be back soon, or a stop of the service ends the wait."""
-        await self.serving.wait_until_serving(timeout_s)
-        try:
-            await self.serving.promote(entry.id, reason)
-        except NoEngineError:
-            await self.serving.wait_until_serving(timeout_s)
-            await self.serving.promote(entry.id, reason)
 
 
 def _goodness(entry: Entry) -> tuple[bool, float]:

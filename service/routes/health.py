@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from service import __version__
 from service.errors import unavailable
+from service.gate import Gate
 from service.metrics import CONTENT_TYPE
 from service.services import Services, ServicesDep
 
@@ -23,6 +24,7 @@ async def health(services: ServicesDep) -> dict[str, Any]:
         "status": "draining" if services.admission.draining else "ok",
         "version": __version__,
         "engine": {"state": engine.state, "restarts": engine.restarts, **_device(services)},
+        "sleep": _sleep(services.serving.gate),
         "model": None if serving.served is None else serving.served.id,
         "loaded_models": list(serving.loaded),
         "problems": serving.problems,
@@ -31,10 +33,14 @@ async def health(services: ServicesDep) -> dict[str, Any]:
 
 @router.get("/ready")
 async def ready(services: ServicesDep) -> dict[str, str]:
-    """200 when a request would be answered, also while new weights are swapped in; else 503."""
+    """200 when a request would be answered at once, also while new weights are swapped in; else 503."""
     if not services.is_ready:
-        what = "the service is stopping" if services.admission.draining else f"the engine is {services.engine.state}"
-        raise unavailable(f"not ready: {what}; GET /health says more")
+        what, retry_after = f"the engine is {services.engine.state}", 1
+        if services.admission.draining:
+            what = "the service is stopping"
+        elif services.is_asleep:
+            what, retry_after = services.serving.gate.reason, services.serving.gate.retry_after
+        raise unavailable(f"not ready: {what}; GET /health says more", retry_after=retry_after)
     return {"status": "ready"}
 
 
@@ -51,6 +57,19 @@ async def metrics(services: ServicesDep) -> Response:
     if (served := services.serving.served) is not None:
         services.metrics.serving(served.id, services.serving.weights_hash(served.id))
     return Response(services.metrics.render(), media_type=CONTENT_TYPE)
+
+
+def _sleep(gate: Gate) -> dict[str, Any] | None:
+    """None while the engine is awake."""
+    if gate.is_open:
+        return None
+    return {
+        "phase": gate.phase,
+        "reason": gate.reason,
+        "since": None if gate.since is None else int(gate.since),
+        "retry_after_s": gate.retry_after,
+        "waiting_requests": gate.num_waiting,
+    }
 
 
 def _device(services: Services) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def _base_answer(services: Services, entry: Entry, facts: ModelFacts) -> BaseMod
 
 
 def _model(services: Services, entry: Entry) -> Model:
-    ready = services.engine.ready
+    ready = services.engine.known
     return Model(
         id=entry.id,
         created=int(entry.created_at),

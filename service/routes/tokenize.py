@@ -33,7 +33,7 @@ router = APIRouter(tags=["Tokens"])
 async def tokenize(body: TokenizeRequest, services: ServicesDep) -> Response:
     """Token ids of a text or of a conversation."""
     check_model(services, body.model)
-    codec, ready = services.codec, services.engine.ready
+    codec, ready = services.codec, services.engine.known
     ids = await _encode(codec, body)
 
     def answer() -> bytes:

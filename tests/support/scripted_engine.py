@@ -57,8 +57,17 @@ class ScriptedEngine(EngineClient):
         self.received: list[AddRequest] = []
         self.loaded: list[str] = []
         self._plays: dict[str, asyncio.Task[None]] = {}
-        self.state, self.ready = "ready", READY
+        self.state, self.ready, self.known = "ready", READY, READY
         await self._on_ready(READY)
+
+    @property
+    def num_open(self) -> int:
+        return len(self.running)
+
+    async def sleep(self) -> None:
+        for request_id in list(self.running):
+            self.abort(request_id)
+        self.state, self.ready = "asleep", None
 
     async def stop(self) -> None:
         self.state = "stopped"
