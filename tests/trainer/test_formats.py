@@ -180,6 +180,15 @@ def test_a_completion_is_a_text_whose_beginning_is_no_answer() -> None:
     assert record.messages == []
 
 
+def test_a_completion_of_messages_is_trained_and_what_is_before_it_is_not() -> None:
+    record = read({"prompt": [USER, YES, USER], "completion": [NO]})
+    assert record.messages == [USER, {**YES, "weight": 0}, USER, NO]
+    assert (record.text, record.data_format) == (None, "completion")
+    assert read({"prompt": "Really?", "completion": [NO]}).messages == [USER, NO]
+    with pytest.raises(DataError, match='no message has the role "assistant"'):
+        read({"prompt": [USER, YES], "completion": [USER]})
+
+
 @pytest.mark.parametrize(
     "record",
     [
@@ -188,8 +197,14 @@ def test_a_completion_is_a_text_whose_beginning_is_no_answer() -> None:
         {"prompt": "Really?", "chosen": [USER, YES], "rejected": [USER, NO]},
         {"chosen": [USER, YES], "rejected": [USER, NO]},
         {"input": {"messages": [USER]}, "preferred_output": [YES], "non_preferred_output": [NO]},
+        {
+            "conversations": [{"from": "human", "value": "Really?"}],
+            "chosen": {"from": "gpt", "value": "Yes."},
+            "rejected": {"from": "gpt", "value": "No."},
+        },
+        {"prompt": [USER], "chosen": YES, "rejected": NO},
     ],
-    ids=["texts", "answers", "chats beside a prompt", "chats", "OpenAI's"],
+    ids=["texts", "answers", "chats beside a prompt", "chats", "OpenAI's", "LLaMA-Factory's", "single messages"],
 )
 def test_preferences_are_two_conversations_with_one_beginning(record: Any) -> None:
     for options in ({}, {"data_format": "preference"}):

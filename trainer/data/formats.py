@@ -141,18 +141,32 @@ class RecordReader:
         return Content(messages=self._checked(self.value("messages")), tools=self.tools())
 
     def sharegpt(self) -> Content:
+        turns, unused = self._turns()
+        return Content(messages=self._checked(turns), tools=self.tools(), unused_fields=tuple(unused))
+
+    def _turns(self) -> tuple[Messages, list[str]]:
         name = self.options.column("conversations")
         turns, unused = turns_to_messages(self.value("conversations"), f'"{name}"', self.where, self.param)
         if system := self.optional_text("system"):
             turns = [{"role": "system", "content": system}, *(turn for turn in turns if turn["role"] != "system")]
-        return Content(messages=self._checked(turns), tools=self.tools(), unused_fields=tuple(unused))
+        return turns, unused
 
     def completion(self) -> Content:
+        """Texts; or lists of messages, of which those of the completion are trained."""
+        if isinstance(self.value("completion"), list):
+            return Content(messages=self._completed(self.value("prompt"), self.value("completion")))
         self._refuse_chat_options()
         prompt, completion = self.text("prompt"), self.text("completion")
         if not completion:
             raise DataError(f"{self.named('completion')} is empty, so there is nothing to learn", param=self.param)
         return Content(text=prompt + completion, prompt=prompt)
+
+    def _completed(self, prompt: Any, completion: list[Any]) -> Messages:
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = self._answered(before, "completion")
+        last = len(messages) - len(completion)
+        asked = [{**one, "weight": 0} if one["role"] == "assistant" else one for one in messages[:last]]
+        return [*asked, *self._checked(messages[last:])]
 
     def plain_text(self) -> Content:
         text = self.text("text")
@@ -163,10 +177,12 @@ class RecordReader:
 
     def preference(self) -> Content:
         """Answers are texts, which need a prompt, or messages: answers alone, which need it too, or whole chats."""
-        prompt = self.value("prompt")
+        prompt, unused = self.value("prompt"), list[str]()
         before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if before is None and self.value("conversations") is not None:
+            before, unused = self._turns()
         chosen, rejected = (self._conversation(name, before) for name in ("chosen", "rejected"))
-        return Content(messages=chosen, rejected=rejected, tools=self.tools())
+        return Content(messages=chosen, rejected=rejected, tools=self.tools(), unused_fields=tuple(unused))
 
     def openai_preference(self) -> Content:
         given = self.value("input")
@@ -179,7 +195,7 @@ class RecordReader:
         return Content(messages=chosen, rejected=rejected, tools=tools)
 
     def _conversation(self, column: str, before: Any) -> Messages:
-        answer = self.value(column)
+        answer = self._answer(column)
         is_chat = isinstance(answer, list) and bool(answer)
         first = answer[0].get("role") if is_chat and isinstance(answer[0], dict) else "assistant"
         if is_chat and first != "assistant":
@@ -189,8 +205,15 @@ class RecordReader:
             raise DataError(f'{self.named(column)} {what}, so the record needs "prompt", too', param=self.param)
         return self._answered(before, column)
 
-    def _answered(self, before: Any, column: str) -> Messages:
+    def _answer(self, column: str) -> Any:
+        """A single message or turn stands for a list of one."""
         answer = self.value(column)
+        if isinstance(answer, dict) and "from" in answer:
+            return turns_to_messages([answer], self.options.column(column), self.where, self.param)[0]
+        return [answer] if isinstance(answer, dict) else answer
+
+    def _answered(self, before: Any, column: str) -> Messages:
+        answer = self._answer(column)
         if isinstance(answer, str):
             answer = [{"role": "assistant", "content": answer}]
         for messages, name in ((before, "prompt"), (answer, column)):

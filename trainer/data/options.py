@@ -16,7 +16,7 @@ FORMAT_COLUMNS: dict[str, tuple[str, ...]] = {
     "sharegpt": ("conversations", "system", "tools"),
     "messages": ("messages", "tools"),
     "completion": ("prompt", "completion"),
-    "preference": ("chosen", "rejected", "prompt", "tools"),
+    "preference": ("chosen", "rejected", "prompt", "conversations", "system", "tools"),
     "openai_preference": ("input", "preferred_output", "non_preferred_output"),
     "text": ("text",),
 }
@@ -26,7 +26,7 @@ OPTIONAL_COLUMNS = {
     "alpaca": ("input",),
     "sharegpt": ("system", "tools"),
     "messages": ("tools",),
-    "preference": ("prompt", "tools"),
+    "preference": ("prompt", "conversations", "system", "tools"),
 }
 """Those that may be missing or null."""
 

@@ -39,6 +39,12 @@ class Record(Content):
     data_format: str = "messages"
     """Which form it was written in."""
 
+    @property
+    def num_chars(self) -> int:
+        """Of its contents, about."""
+        contents = (message.get("content") or "" for message in (*self.messages, *self.rejected))
+        return len(self.text or "") + sum(map(len, contents))
+
 
 def read_records(path: Path, *, name: str | None = None, options: ReadOptions = DEFAULT_OPTIONS) -> Iterator[Record]:
     """The records of a data file, one at a time; files of lines and Parquet are never in memory as a whole.

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 
@@ -31,6 +30,8 @@ from trainer.data.errors import DataError
 from trainer.data.records import Record
 
 CHUNK_RECORDS = 256
+CHUNK_CHARS = 1 << 20
+"""A chunk ends with the record that brings it there."""
 MAX_WORKERS = 32
 AHEAD = 2
 """Chunks that are under way for each worker."""
@@ -77,11 +78,10 @@ class Answer(msgspec.Struct):
 def encode_apart(records: Iterable[Record], spec: EncoderSpec, num_workers: int) -> Iterator[tuple[Record, Encoded]]:
     """Each record with its tokens, in order. Raises DataError as the Encoder does, once it is the record's turn."""
     with ExitStack() as stack:
-        workers = [stack.enter_context(_Worker(spec)) for _ in range(num_workers)]
-        idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        for worker in workers:
-            idle.put(worker)
         pool = stack.enter_context(ThreadPoolExecutor(num_workers))
+        idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for _ in range(num_workers):  # they are killed before the pool's threads, which wait for them, are waited for
+            idle.put(stack.enter_context(_Worker(spec)))
         under_way: deque[tuple[list[Record], Future[Answer]]] = deque()
         stack.callback(_cancel, under_way)
         for chunk in _chunks(records):
@@ -93,8 +93,15 @@ def encode_apart(records: Iterable[Record], spec: EncoderSpec, num_workers: int)
 
 
 def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
-    iterator = iter(records)
-    while chunk := list(islice(iterator, CHUNK_RECORDS)):
+    chunk: list[Record] = []
+    num_chars = 0
+    for record in records:
+        chunk.append(record)
+        num_chars += record.num_chars
+        if len(chunk) >= CHUNK_RECORDS or num_chars >= CHUNK_CHARS:
+            yield chunk
+            chunk, num_chars = [], 0
+    if chunk:
         yield chunk
 
 
@@ -115,11 +122,11 @@ class _Worker:
 
     def __exit__(self, *error: object) -> None:
         self._process.kill()
+        self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             with suppress(BrokenPipeError):  # what it has not read is of no use any more
                 pipe.close()
-        self._process.wait()
 
     def encode(self, records: list[Record]) -> Answer:
         self._write(records)
