@@ -45,7 +45,8 @@ def merged_model(base: Path, adapter: Path) -> CausalLM:
     """The model in `base` as it is on the disk, not as a run rounded it, with an adapter: fp32, in host memory."""
     model = build_model(load_config(base), device=torch.device("cpu"), dtype=torch.float32, ops=REFERENCE)
     load_weights(model, base)
-    merge_adapter(model, adapter)
+    with torch.autocast("cpu", enabled=False):  # a run in bf16 publishes under its own
+        merge_adapter(model, adapter)
     return model
 
 

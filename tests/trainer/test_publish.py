@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lm.checkpoint import load_weights
 from lm.config import load_config
-from lm.lora import add_lora
+from lm.lora import add_lora, lora_parameters
 from lm.model import CausalLM, build_model
 from lm.ops import REFERENCE
 from lm.tokenizer import load_tokenizer
@@ -117,3 +118,17 @@ def test_checkpoints_that_are_not_kept_need_no_room(tmp_path: Path, tiny_llama: 
     publisher.check_disk_space(model, num_saves=1_000_000_000)
     with pytest.raises(NoDiskSpace):
         publisher.check_disk_space(model, num_saves=1, beside=1 << 60)
+
+
+def test_a_run_in_bf16_merges_in_fp32_all_the_same(tmp_path: Path, tiny_llama: Path) -> None:
+    """Under its autocast the product of the adapter's matrices would be rounded."""
+    published = []
+    for name, is_bf16 in (("fp32", False), ("bf16", True)):
+        publisher, model = publisher_and_model(tmp_path / name, tiny_llama, "lora")
+        torch.manual_seed(0)
+        for parameter in lora_parameters(model).values():
+            torch.nn.init.normal_(parameter)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            *_, (_, path) = publisher.publish(model, facts(4))
+        published.append(load_file(tmp_path / name / path / "model.safetensors"))
+    assert all(torch.equal(tensor, published[1][name]) for name, tensor in published[0].items())
