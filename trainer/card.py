@@ -32,7 +32,7 @@ FIGURES = {
     "validation_loss": "Validation loss",
     "validation_token_accuracy": "Validation token accuracy",
 }
-PRIVATE = {"tracking", "sample_prompts"}
+PRIVATE = {"tracking", "sample_prompts", "sample_max_tokens"}
 """Options that have no influence on the weights and need not travel with them."""
 MAX_SHOWN = 200
 METHODS = {"full": "full fine-tuning", "lora": "LoRA", "dpo": "DPO"}
@@ -159,6 +159,8 @@ def _table(rows: Mapping[str, Any]) -> list[str]:
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        value = ", ".join(value)
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + " ..."
 
