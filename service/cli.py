@@ -31,7 +31,7 @@ INTERRUPTED = 130
 
 TORCHRUN = ("nnodes", "nproc", "node_rank", "rdzv", "standalone", "master", "max_restarts", "monitor_interval", "role")
 """How torchrun's arguments begin, which `tune run` takes before the recipe."""
-OTHER_RECIPES = ("distributed", "dpo", "ppo", "grpo", "knowledge_distillation", "qat", "quantize", "eleuther")
+OTHER_RECIPES = ("distributed", "ppo", "grpo", "knowledge_distillation", "qat", "quantize", "eleuther")
 
 Command = Callable[[argparse.Namespace, list[str]], int]
 
@@ -137,7 +137,9 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
         known = ", ".join((*RECIPES, GENERATE))
         is_known = any(word in options.recipe for word in OTHER_RECIPES)
         reason = (
-            "torchtune's recipe is not done here: training goes over one device, supervised" if is_known else "unknown"
+            "torchtune's recipe is not done here: training is supervised or DPO, on one device"
+            if is_known
+            else "unknown"
         )
         raise UserError(f"recipe: {options.recipe!r:.80}: {reason}; known are {known}", param="recipe")
     config, words = _config_and_words(options, rest)

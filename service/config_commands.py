@@ -9,7 +9,7 @@ from typing import Any
 
 from lm.errors import UserError
 from lm.folder import user_path
-from service.run_config import find_checkpoint, read_file, translate_here
+from service.run_config import OWN_KEYS, find_checkpoint, read_file, translate_here
 from service.settings import Settings
 from service.shipped import find_config, stock_configs
 from trainer.config import RunConfig
@@ -68,7 +68,7 @@ def validate_config(name: str, words: Sequence[str]) -> None:
     data = read_file(name, words)
     if not is_torchtune(data):
         model = Settings if data.keys() <= Settings.model_fields.keys() else RunConfig
-        parse_options(model, {key: value for key, value in data.items() if key != "output_dir" or model is Settings})
+        parse_options(model, {key: value for key, value in data.items() if key not in OWN_KEYS or model is Settings})
         print("Config is well-formed!")
         return
     command = GENERATE if "dataset" not in data else None

@@ -15,6 +15,7 @@ from service.schemas.datasets import DatasetRequest, named_datasets
 from service.schemas.finetune import JobOptions, TorchtuneRequest
 from trainer.config import TrainingOptions
 from trainer.torchtune import Translation, apply_overrides, compare, parse_yaml, translate
+from trainer.torchtune.data import FILE_TYPES
 from trainer.torchtune.overrides import COMPONENT
 from trainer.torchtune.reading import check_plain
 
@@ -23,6 +24,7 @@ BESIDE_CONFIG = frozenset({*JobOptions.model_fields, "recipe"})
 """Fields of the request itself."""
 CHECKPOINTER = {COMPONENT: "torchtune.training.FullModelHFCheckpointer"}
 DATASET = {COMPONENT: "torchtune.datasets.instruct_dataset", "data_files": "-"}
+PREFERENCES = {COMPONENT: "torchtune.datasets.preference_dataset", "data_files": "-"}
 """Stand where the request itself names model and data."""
 
 
@@ -33,6 +35,7 @@ class TakenConfig:
     options: TrainingOptions
     datasets: dict[str, DatasetRequest]
     """By what error messages call each."""
+    validation: DatasetRequest | None
     notes: tuple[str, ...]
 
 
@@ -48,17 +51,33 @@ def take_config(request: TorchtuneRequest, registry: Registry) -> TakenConfig:
         raise
     except UserError as error:
         raise in_config(error) from error
+    if translation.resume:
+        mend = "a job goes on by POST /finetune/{id}/resume; write False"
+        raise UserError(f"{CONFIG}.resume_from_checkpoint: {mend}", param=f"{CONFIG}.resume_from_checkpoint")
     options = {key: value for key, value in translation.options.items() if key in TrainingOptions.model_fields}
     if not has_form:
-        del options["data_format"]
-    dataset = request.dataset or DatasetRequest(data_files=translation.options["data_files"])
-    datasets = named_datasets(dataset, "dataset")
+        options.pop("data_format", None)
+    datasets = named_datasets(request.dataset or _datasets(translation.options), "dataset")
     if any(one.data_files is None for one in datasets.values()):
         options.pop("source", None)
     notes = translation.notes
     if translation.output_dir is not None:
         notes = (*notes, "output_dir: not taken over HTTP; the run lies in runs/ of the service")
-    return TakenConfig(model=name, options=TrainingOptions(**options), datasets=datasets, notes=notes)
+    held_out = translation.options.get("validation")
+    return TakenConfig(
+        model=name,
+        options=TrainingOptions(**options),
+        datasets=datasets,
+        validation=request.validation or (None if held_out is None else DatasetRequest(**held_out)),
+        notes=notes,
+    )
+
+
+def _datasets(options: dict[str, Any]) -> DatasetRequest | list[DatasetRequest]:
+    if "data_files" in options:
+        return DatasetRequest(data_files=options["data_files"])
+    several = [DatasetRequest(**one) for one in options["datasets"]]
+    return several[0] if len(several) == 1 else several
 
 
 def in_config(error: UserError) -> UserError:
@@ -78,9 +97,10 @@ def _with_stand_ins(data: dict[str, Any], request: TorchtuneRequest) -> tuple[di
         if isinstance(given, dict):
             data["checkpointer"] = {**given, "checkpoint_dir": request.model}
     if request.dataset is not None:
-        given = data.get("dataset", DATASET)
+        given = data.get("dataset", PREFERENCES if request.recipe == "dpo" else DATASET)
         if isinstance(given, dict):
-            data["dataset"] = {**given, "data_files": "-"}
+            kept = {key: value for key, value in given.items() if key != "source" or value in FILE_TYPES}
+            data["dataset"] = {**kept, "data_files": "-"}
     return apply_overrides(data, ()), has_form
 
 

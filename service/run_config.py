@@ -15,11 +15,12 @@ from lm.layout import is_model_folder
 from service.settings import load_settings
 from service.shipped import find_config, find_data
 from trainer.config import RunConfig
+from trainer.option_groups import DatasetConfig
 from trainer.strict import parse_options
 from trainer.torchtune import RECIPES, Translation, apply_overrides, compare, is_torchtune, parse_yaml, translate
 from trainer.torchtune.generation import GenerationConfig
 
-OWN_KEYS = ("output_dir",)
+OWN_KEYS = ("output_dir", "resume_from_checkpoint")
 """What a config of ours may say besides RunConfig."""
 
 
@@ -28,6 +29,8 @@ class PlannedRun:
     config: RunConfig
     output_dir: str | None
     is_torchtune: bool
+    resume: bool = False
+    """Whether the newest run in output_dir shall go on."""
     notes: tuple[str, ...] = ()
 
 
@@ -50,30 +53,56 @@ def plan_run(recipe: str, name: str, words: Sequence[str] = ()) -> PlannedRun:
 
 
 def _own_run(data: dict[str, Any], recipe: str) -> PlannedRun:
-    output_dir = data.pop("output_dir", None)
-    config = parse_options(RunConfig, {"recipe": RECIPES[recipe], **data})
+    output_dir, resume = (data.pop(key, None) for key in OWN_KEYS)
+    update = {"dpo": {"update": "full"}} if recipe.startswith("full_dpo") and "dpo" not in data else {}
+    config = parse_options(RunConfig, {"recipe": RECIPES[recipe], **update, **data})
     if config.recipe != RECIPES[recipe]:
         raise UserError(f"recipe: the config says {config.recipe!r}, the command {RECIPES[recipe]!r}", param="recipe")
     if output_dir is not None and (not isinstance(output_dir, str) or not output_dir):
         raise UserError(f"output_dir: a folder is expected (got {output_dir!r})", param="output_dir")
+    if resume is not None and not isinstance(resume, bool):
+        message = f"resume_from_checkpoint: true or false is expected (got {resume!r})"
+        raise UserError(message, param="resume_from_checkpoint")
     settings = load_settings(None, {"model": config.model}, os.environ)
     changes = {
         "model": str(settings.model_dir),
         "model_name": config.model_name or settings.model_name,
-        "data_files": tuple(str(find_data(name)) for name in config.data_files or ()),
+        "data_files": _found(config.data_files),
+        "datasets": config.datasets and tuple(map(_with_files, config.datasets)),
+        "validation": config.validation and _with_files(config.validation),
     }
-    return PlannedRun(config=config.model_copy(update=changes), output_dir=output_dir, is_torchtune=False)
+    return PlannedRun(
+        config=config.model_copy(update=changes), output_dir=output_dir, is_torchtune=False, resume=bool(resume)
+    )
+
+
+def _found(names: Iterable[str] | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(str(find_data(name)) for name in names)
+
+
+def _with_files(dataset: DatasetConfig) -> DatasetConfig:
+    return dataset.model_copy(update={"data_files": _found(dataset.data_files)})
 
 
 def _torchtune_run(data: dict[str, Any], recipe: str) -> PlannedRun:
     translation = translate_here(data, recipe)
+    options = translation.options
+    config = parse_options(RunConfig, {**options, "model_name": Path(options["model"]).name})
     try:
-        files = [str(find_data(name)) for name in translation.options["data_files"]]
+        found = {
+            "data_files": _found(config.data_files),
+            "datasets": config.datasets and tuple(map(_with_files, config.datasets)),
+            "validation": config.validation and _with_files(config.validation),
+        }
     except UserError as error:
         raise UserError(f"dataset.{error}", param="dataset.data_files") from error
-    options = {**translation.options, "data_files": files}
-    config = parse_options(RunConfig, {**options, "model_name": Path(options["model"]).name})
-    return PlannedRun(config=config, output_dir=translation.output_dir, is_torchtune=True, notes=translation.notes)
+    return PlannedRun(
+        config=config.model_copy(update=found),
+        output_dir=translation.output_dir,
+        is_torchtune=True,
+        resume=translation.resume,
+        notes=translation.notes,
+    )
 
 
 def translate_here(data: dict[str, Any], recipe: str | None) -> Translation:

@@ -72,7 +72,7 @@ def _config_spec(request: TorchtuneRequest, services: Services, key: str | None)
         options=taken.options,
         datasets=taken.datasets,
         notes=taken.notes,
-        **_besides(request, key),
+        **_besides(request, key) | {"validation": taken.validation},
     )
 
 

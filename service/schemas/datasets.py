@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from trainer.data.options import DataFormat, ReadOptions, Role, Source
 from trainer.option_groups import Affixes, DatasetConfig, is_a_split, known_columns
@@ -56,13 +65,14 @@ class DatasetRequest(Strict):
     new_system_prompt: Annotated[str, Field(max_length=1_000_000)] | None = None
     prompt_template: dict[Role, Affixes] | None = None
     split: str | None = None
+    """Of a hub's dataset another split than `train`, too: `test[:100]`."""
 
     _known_columns = field_validator("column_map")(known_columns)
 
     @field_validator("split")
     @classmethod
-    def _is_a_split(cls, value: str | None) -> str | None:
-        return None if value is None else is_a_split(value)
+    def _is_a_split(cls, value: str | None, info: ValidationInfo) -> str | None:
+        return None if value is None else is_a_split(value, any_name=info.data.get("hub_id") is not None)
 
     @model_validator(mode="after")
     def _one_form(self) -> DatasetRequest:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lm.errors import UserError
-from trainer.torchtune.components import COMPONENTS, REFUSED, Component
+from trainer.torchtune.component import Component
+from trainer.torchtune.components import COMPONENTS, REFUSED
 from trainer.torchtune.keys import Key
 from trainer.torchtune.models import FAMILIES, PREFIX
 from trainer.torchtune.overrides import COMPONENT
@@ -56,13 +57,15 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return (f"did you mean {near[0]}? " if near else "") + f"known are {', '.join(names) or 'none here'}"
 
 
-def component_of(place: str, group: object) -> tuple[str, Component, dict[str, Any]]:
-    """Name, table and keys of the component at `place`. Raises UserError for a name that is not in the list."""
-    param = f"{place}.{COMPONENT}"
-    if isinstance(group, list) and place == "dataset":
-        raise UserError("dataset: one data set is trained on; name all its files in data_files", param=place)
+def component_of(place: str, group: object, where: str | None = None) -> tuple[str, Component, dict[str, Any]]:
+    """Name, table and keys of the component of the kind `place`, at `where` if that is called otherwise.
+
+    Raises UserError for a name that is not in the list.
+    """
+    where = where or place
+    param = f"{where}.{COMPONENT}"
     if not isinstance(group, dict):
-        raise UserError(f"{place}: a mapping with {COMPONENT} is expected (got {group!r:.80})", param=place)
+        raise UserError(f"{where}: a mapping with {COMPONENT} is expected (got {group!r:.80})", param=where)
     if COMPONENT not in group:
         raise UserError(f"{param}: this field is required; {nearest('', COMPONENTS[place])}", param=param)
     name = group[COMPONENT]
@@ -92,3 +95,13 @@ def texts_at(group: Mapping[str, Any], name: str, where: str) -> list[str]:
     value = group.get(name)
     items = value if isinstance(value, list) and value else [value]
     return [text_at({name: item}, name, where) for item in items]
+
+
+def in_users_words(error: UserError, origins: Mapping[str, str]) -> UserError:
+    """`error` about one of our options, about the key that the user wrote instead."""
+    param = error.param or ""
+    option = max((name for name in origins if param == name or param.startswith(f"{name}.")), key=len, default=None)
+    if option is None:
+        return error
+    inner = param.removeprefix(option)
+    return UserError(f"{origins[option]}{str(error).removeprefix(option)}", param=origins[option] + inner)

@@ -8,16 +8,12 @@ from typing import Any
 
 from lm.errors import UserError
 from trainer.option_groups import LINEAR_LAYERS
+from trainer.torchtune.data import WHOLE_CONTEXT
 from trainer.torchtune.fields import Collected, component_of, nearest, text_at, texts_at
 from trainer.torchtune.keys import PROMPT, by_name
 from trainer.torchtune.models import BUILDERS, CHECKPOINT_TYPES
 
-FILE_TYPES = ("json", "csv", "text", "parquet")
-WHOLE_CONTEXT = 1_048_576
-"""max_seq_len without a limit: the model's own context is below it."""
 MAX_STEPS = 10**9
-ADAMW_RATE, ADAMW_DECAY = 1e-3, 0.01
-"""torch.optim.AdamW's own defaults."""
 
 TEMPLATES: dict[str, dict[str, list[str]]] = {
     "torchtune.data.GrammarErrorCorrectionTemplate": {
@@ -38,6 +34,7 @@ LORA_KEYS = {
     "rank": "lora_rank",
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
+    "use_dora": "use_dora",
 }
 MLP_LAYERS = ("gate_proj", "up_proj", "down_proj")
 
@@ -46,6 +43,8 @@ MLP_LAYERS = ("gate_proj", "up_proj", "down_proj")
 class CheckpointPart:
     model_type: str | None
     names: tuple[str, ...]
+    resume: bool = False
+    """Whether the run in output_dir shall go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +72,7 @@ def _lora(keys: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{where}: a list of names is expected; {nearest('', LORA_LAYERS)}", param=where)
     if unknown := [name for name in names if not isinstance(name, str) or name not in LORA_LAYERS]:
         raise UserError(f"{where}: {unknown[0]!r:.80} is unknown; {nearest(str(unknown[0]), LORA_LAYERS)}", param=where)
-    on_mlp = keys.get("apply_lora_to_mlp", False)
-    if not isinstance(on_mlp, bool):
-        raise UserError(
-            f"model.apply_lora_to_mlp: true or false is expected (got {on_mlp!r:.80})", param="model.apply_lora_to_mlp"
-        )
+    on_mlp = _flag(keys, "apply_lora_to_mlp", "model")
     chosen = {LORA_LAYERS[name] for name in names} | set(MLP_LAYERS if on_mlp else ())
     lora: dict[str, Any] = {"target_modules": [layer for layer in LINEAR_LAYERS if layer in chosen]}
     return lora | {name: keys[key] for name, key in LORA_KEYS.items() if key in keys and name != "target_modules"}
@@ -93,7 +88,30 @@ def read_checkpointer(group: object, collected: Collected) -> CheckpointPart:
     if model_type is not None and (not isinstance(model_type, str) or model_type not in CHECKPOINT_TYPES):
         message = f"checkpointer.model_type: {model_type!r:.80} is not supported; {nearest('', CHECKPOINT_TYPES)}"
         raise UserError(message, param="checkpointer.model_type")
-    return CheckpointPart(model_type=model_type, names=_checkpoint_files(keys))
+    resume = any(_flag(keys, name, "checkpointer") for name in ("resume_from_checkpoint", "should_load_recipe_state"))
+    return CheckpointPart(model_type=model_type, names=_checkpoint_files(keys), resume=resume)
+
+
+def _flag(keys: Mapping[str, Any], name: str, where: str = "") -> bool:
+    value, path = keys.get(name), f"{where}.{name}" if where else name
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise UserError(f"{path}: true or false is expected (got {value!r:.80})", param=path)
+
+
+def read_reference(group: object, model: str) -> None:
+    """The reference of DPO is the model as it begins: `ref_checkpointer` may only name it again. Raises UserError."""
+    if group is None:
+        return
+    _, _, keys = component_of("checkpointer", group, "ref_checkpointer")
+    if (folder := text_at(keys, "checkpoint_dir", "ref_checkpointer")).rstrip("/") != model.rstrip("/"):
+        where = "ref_checkpointer.checkpoint_dir"
+        reason = f"{folder:.200}: the reference is the model that training begins with, {model:.200}; name the same one"
+        raise UserError(f"{where}: {reason}", param=where)
+
+
+def is_resumed(data: Mapping[str, Any], checkpointer: CheckpointPart) -> bool:
+    return checkpointer.resume or _flag(data, "resume_from_checkpoint")
 
 
 def _checkpoint_files(keys: Mapping[str, Any]) -> tuple[str, ...]:
@@ -130,6 +148,8 @@ def read_tokenizer(group: object, collected: Collected) -> TokenizerPart:
     collected.set("tokenizer_file", text_at(keys, "path", "tokenizer"), "tokenizer.path")
     if keys.get("max_seq_len") is not None:
         collected.set("max_seq_len", keys["max_seq_len"], "tokenizer.max_seq_len")
+    if keys.get("truncation_type") is not None:
+        collected.set("truncation", keys["truncation_type"], "tokenizer.truncation_type")
     template = _prompt_template(keys.get("prompt_template"), collected)
     if template is not None:
         collected.set("prompt_template", template, "tokenizer.prompt_template")
@@ -182,98 +202,6 @@ def read_scalars(data: Mapping[str, Any], collected: Collected) -> None:
             where = "max_steps_per_epoch"
             raise UserError(f"{where}: a number from 1 to {MAX_STEPS} is expected (got {steps!r:.80})", param=where)
         collected.set("max_steps", steps * epochs, "max_steps_per_epoch")
-
-
-def read_dataset(group: object, collected: Collected) -> None:
-    if group is None:
-        raise UserError("dataset: this field is required", param="dataset")
-    name, component, keys = component_of("dataset", group)
-    kind = name.rsplit(".", 1)[1]
-    if "source" in keys and keys["source"] not in FILE_TYPES:
-        raise UserError(
-            f"dataset.source: {keys['source']!r:.80}: remote data sets are not fetched; save it as a file, and write "
-            f"its type ({', '.join(FILE_TYPES)}) here and its path in data_files",
-            param="dataset.source",
-        )
-    if keys.get("data_files") is None:
-        remote = ": the remote data of this component are not fetched; save them as a file, and name it here"
-        message = remote if kind.startswith("alpaca") else ": this field is required"
-        raise UserError(f"dataset.data_files{message}", param="dataset.data_files")
-    collected.read(keys, component.keys, "dataset")
-    collected.set("data_files", _data_files(keys), "dataset.data_files")
-    _read_form(kind, keys, collected)
-    _read_masking(kind, keys, collected)
-    if keys.get("packed") and collected.options["max_seq_len"] == WHOLE_CONTEXT:
-        raise UserError("tokenizer.max_seq_len: packed data need it, as in torchtune", param="tokenizer.max_seq_len")
-
-
-def _data_files(keys: Mapping[str, Any]) -> list[str]:
-    value = keys["data_files"]
-    if isinstance(value, dict):
-        if set(value) != {"train"}:
-            where = "dataset.data_files"
-            raise UserError(f"{where}: a file, a list or {{train: ...}} is expected (got {value!r:.80})", param=where)
-        value = value["train"]
-    return texts_at({"data_files": value}, "data_files", "dataset")
-
-
-def _read_form(kind: str, keys: Mapping[str, Any], collected: Collected) -> None:
-    form, column, origin = (
-        {"instruct_dataset": "instruct", "text_completion_dataset": "text"}.get(kind, "alpaca"),
-        None,
-        "",
-    )
-    if kind == "chat_dataset":
-        style = text_at(keys, "conversation_style", "dataset")
-        if style not in ("sharegpt", "openai"):
-            where = "dataset.conversation_style"
-            raise UserError(f"{where}: sharegpt or openai is expected (got {style!r:.80})", param=where)
-        form = "sharegpt" if style == "sharegpt" else "messages"
-        column, origin = text_at(keys, "conversation_column", "dataset"), "dataset.conversation_column"
-    if kind == "text_completion_dataset" and keys.get("column") is not None:
-        column, origin = text_at(keys, "column", "dataset"), "dataset.column"
-    collected.set("data_format", form, "dataset._component_")
-    if column is not None:
-        standard = {"sharegpt": "conversations"}.get(form, form)
-        collected.set("column_map", {standard: column}, origin)
-
-
-def _read_masking(kind: str, keys: Mapping[str, Any], collected: Collected) -> None:
-    if kind.startswith("alpaca") and "train_on_input" not in keys:
-        collected.set("train_on_input", True, "dataset.train_on_input")
-        collected.note("dataset.train_on_input", "true, torchtune's default for alpaca")
-    strategy, where = keys.get("masking_strategy"), "dataset.masking_strategy"
-    if strategy is None:
-        return
-    if strategy not in ("train_on_assistant", "train_on_all"):
-        message = f"{where}: train_on_assistant or train_on_all is expected (got {strategy!r:.80})"
-        raise UserError(message, param=where)
-    collected.set("train_on_input", strategy == "train_on_all", where)
-
-
-def read_optimizer(group: object, scheduler: object, collected: Collected) -> None:
-    """Without both, our own defaults; with the optimizer alone, its rate is constant, as in torchtune."""
-    if group is None and scheduler is None:
-        collected.note("optimizer", "missing: AdamW with this service's rate, warm-up and cosine")
-        return
-    if scheduler is None:
-        collected.set("lr_schedule", "constant", "lr_scheduler")
-        collected.set("warmup_steps", 0, "lr_scheduler")
-    else:
-        _, component, keys = component_of("lr_scheduler", scheduler)
-        collected.read(keys, component.keys, "lr_scheduler")
-        if keys.get("num_warmup_steps") is None:
-            where = "lr_scheduler.num_warmup_steps"
-            raise UserError(f"{where}: this field is required", param=where)
-    if group is None:
-        return
-    name, component, keys = component_of("optimizer", group)
-    collected.set("learning_rate", ADAMW_RATE, "optimizer.lr")
-    collected.set("weight_decay", ADAMW_DECAY, "optimizer.weight_decay")
-    taken = {key: value for key, value in keys.items() if value is not None or key not in component.keys}
-    collected.read(taken, component.keys, "optimizer")
-    if not name.startswith("torch."):
-        collected.note("optimizer", f"{name} becomes AdamW with moments in fp32, which take more memory")
 
 
 def read_prompt(prompt: object, tokenizer: TokenizerPart) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 
-from trainer.torchtune.components import COMPONENTS, REFUSED, Component
+from trainer.torchtune.component import Component
+from trainer.torchtune.components import COMPONENTS, REFUSED
 from trainer.torchtune.keys import COMMON, GENERATION, PLACES, PROMPT, TRAINING, Key
 
 HEAD = """\

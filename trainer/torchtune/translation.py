@@ -10,14 +10,24 @@ from lm.errors import UserError
 from trainer.config import Recipe, TrainingOptions
 from trainer.strict import parse_options
 from trainer.torchtune import parts
-from trainer.torchtune.fields import Collected, component_of, nearest
+from trainer.torchtune.data import is_preference, read_datasets
+from trainer.torchtune.fields import Collected, component_of, in_users_words, nearest
 from trainer.torchtune.generation import GenerationConfig
 from trainer.torchtune.keys import COMMON, GENERATION, PLACES, PROMPT, TRAINING, by_name
 from trainer.torchtune.models import BUILDERS, PREFIX
 from trainer.torchtune.overrides import COMPONENT, interpolate
 from trainer.torchtune.reading import check_plain
+from trainer.torchtune.training import read_logger, read_loss, read_optimizer
 
-RECIPES: dict[str, Recipe] = {"full_finetune_single_device": "full", "lora_finetune_single_device": "lora"}
+RECIPES: dict[str, Recipe] = {
+    "full_finetune_single_device": "full",
+    "lora_finetune_single_device": "lora",
+    "lora_dpo_single_device": "dpo",
+    "full_dpo_distributed": "dpo",
+    "full_finetune_distributed": "full",
+    "lora_finetune_distributed": "lora",
+    "lora_dpo_distributed": "dpo",
+}
 """torchtune's names of our recipes."""
 GENERATE = "generate"
 
@@ -39,6 +49,8 @@ class Translation:
     """The name behind model._component_."""
     checkpoint_type: str | None
     checkpoint_files: tuple[str, ...]
+    resume: bool = False
+    """Whether the run in output_dir shall go on, rather than a new one begin."""
 
 
 def is_torchtune(data: Mapping[str, Any]) -> bool:
@@ -60,12 +72,12 @@ def translate(data: dict[str, Any], *, recipe: str | None = None) -> Translation
     builder = parts.read_model(data.get("model"), collected)
     files = parts.read_checkpointer(data.get("checkpointer"), collected)
     tokenizer = parts.read_tokenizer(data.get("tokenizer"), collected)
-    kind = GENERATE if recipe == GENERATE else _recipe(recipe, builder, collected)
-    if kind == GENERATE:
+    kind = None if recipe == GENERATE else _recipe(recipe, builder, data, collected)
+    if kind is None:
         _note_unused(data, (*TRAINING_PLACES, *by_name(TRAINING)), "generate", collected)
     else:
-        _read_training(data, kind, collected)
-    generation = _generation(data, collected, tokenizer, is_asked=kind == GENERATE)
+        _read_training(data, kind, _update(recipe, builder), collected)
+    generation = _generation(data, collected, tokenizer, is_asked=kind is None)
     return Translation(
         options=collected.options,
         output_dir=_output_dir(data),
@@ -74,45 +86,73 @@ def translate(data: dict[str, Any], *, recipe: str | None = None) -> Translation
         builder=builder,
         checkpoint_type=files.model_type,
         checkpoint_files=files.names,
+        resume=kind is not None and parts.is_resumed(data, files),
     )
 
 
-def _recipe(recipe: str | None, builder: str | None, collected: Collected) -> Recipe:
+def _recipe(recipe: str | None, builder: str | None, data: Mapping[str, Any], collected: Collected) -> Recipe:
     is_lora = builder is not None and BUILDERS[builder].is_lora
     asked = RECIPES.get(recipe or "", recipe)
     if asked is None:
-        asked = "lora" if is_lora else "full"
-        collected.note(
-            "recipe", f"{asked}, as {'model names' if builder else 'no builder is named in'} {builder or 'model'}"
-        )
-    if asked not in ("full", "lora"):
+        asked = "dpo" if is_preference(data.get("dataset")) else "lora" if is_lora else "full"
+        reason = f"model names {builder}" if builder else "no builder is named in model"
+        collected.note("recipe", f"{asked}, as {'dataset holds preferences' if asked == 'dpo' else reason}")
+    if asked not in ("full", "lora", "dpo"):
         raise UserError(f"recipe: {recipe!r:.80} is not known; {nearest(asked, [*RECIPES, GENERATE])}", param="recipe")
-    if builder is not None and is_lora != (asked == "lora"):
+    if recipe in RECIPES and recipe.endswith("distributed"):
+        collected.note("recipe", f"{recipe} goes over one device here")
+    wants_lora = asked == "lora" or (recipe or "").startswith("lora_dpo")
+    wants_full = asked == "full" or (recipe or "").startswith("full_dpo")
+    if builder is not None and (wants_full if is_lora else wants_lora):
         family, size = BUILDERS[builder].name.split(".")
         other = f"{PREFIX}{family}.{size.removeprefix('lora_') if is_lora else f'lora_{size}'}"
         raise UserError(
-            f"model.{COMPONENT}: {builder} is no builder of the {asked} recipe; take {other}, or the other recipe",
+            f"model.{COMPONENT}: {builder} is no builder of the {recipe or asked} recipe; take {other}, or the other recipe",
             param=f"model.{COMPONENT}",
         )
-    chosen: Recipe = "lora" if asked == "lora" else "full"
+    chosen: Recipe = "lora" if asked == "lora" else "dpo" if asked == "dpo" else "full"
     collected.set("recipe", chosen, "recipe")
-    if chosen == "full":
+    if not is_lora:
         collected.options.pop("lora", None)
     return chosen
 
 
-def _read_training(data: dict[str, Any], recipe: str, collected: Collected) -> None:
+def _update(recipe: str | None, builder: str | None) -> str:
+    """What DPO trains: as the recipe or the builder is named, else an adapter."""
+    is_full = builder is not None and not BUILDERS[builder].is_lora
+    return "full" if is_full or (recipe or "").startswith("full_dpo") else "lora"
+
+
+def _read_training(data: dict[str, Any], kind: Recipe, update: str, collected: Collected) -> None:
     table = by_name((*COMMON, *TRAINING))
     collected.read({key: value for key, value in data.items() if key in table}, table)
     _note_unused(data, ("prompt", *by_name(GENERATION)), "training", collected)
     parts.read_scalars(data, collected)
-    parts.read_dataset(data.get("dataset"), collected)
-    parts.read_optimizer(data.get("optimizer"), data.get("lr_scheduler"), collected)
-    for place in ("loss", "metric_logger", "profiler"):
-        if data.get(place) is not None:
-            _, component, group = component_of(place, data[place])
-            collected.read(group, component.keys, place)
+    read_datasets(data, kind, collected)
+    read_optimizer(data.get("optimizer"), data.get("lr_scheduler"), collected)
+    read_loss(data.get("loss"), kind, update, collected)
+    read_logger(data.get("metric_logger"), collected)
+    if data.get("profiler") is not None:
+        _, component, group = component_of("profiler", data["profiler"])
+        collected.read(group, component.keys, "profiler")
+    if kind == "dpo":
+        parts.read_reference(data.get("ref_checkpointer"), collected.options["model"])
+    elif data.get("ref_checkpointer") is not None:
+        collected.note("ref_checkpointer", f"not used by {kind}")
+    _check_in_backward(collected)
     _validate(collected)
+
+
+def _check_in_backward(collected: Collected) -> None:
+    """Raises UserError for what torchtune refuses, too."""
+    options, name = collected.options, "optimizer_in_bwd"
+    if options.get("optimizer_in_backward") is not True:
+        options.pop("optimizer_in_backward", None) if options.get("optimizer_in_backward") is None else None
+        return
+    if options.get("max_grad_norm") is not None:
+        raise UserError(f"{name}: the norm is known too late to clip; remove clip_grad_norm", param=name)
+    if options.get("gradient_accumulation_steps", 1) != 1:
+        raise UserError(f"{name}: no gradient is kept; write gradient_accumulation_steps: 1", param=name)
 
 
 def _validate(collected: Collected) -> None:
@@ -122,16 +162,6 @@ def _validate(collected: Collected) -> None:
         parse_options(TrainingOptions, theirs)
     except UserError as error:
         raise in_users_words(error, collected.origins) from error
-
-
-def in_users_words(error: UserError, origins: Mapping[str, str]) -> UserError:
-    """`error` about one of our options, about the key that the user wrote instead."""
-    param = error.param or ""
-    option = max((name for name in origins if param == name or param.startswith(f"{name}.")), key=len, default=None)
-    if option is None:
-        return error
-    inner = param.removeprefix(option)
-    return UserError(f"{origins[option]}{str(error).removeprefix(option)}", param=origins[option] + inner)
 
 
 def _note_unused(data: Mapping[str, Any], names: tuple[str, ...], what: str, collected: Collected) -> None:

@@ -73,14 +73,14 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("epoch", 1, "epoch", "did you mean epochs"),
         ("epochs", 0, "epochs", "greater than or equal to 1"),
         ("optimizer.lr", -1, "optimizer.lr", "greater than 0"),
-        ("optimizer.betas", [0.9, 0.95], "optimizer.betas", "0.9 and 0.999"),
+        ("optimizer.betas", [0.9, 1.5], "optimizer.betas.1", "less than 1"),
         ("optimizer._component_", "os.system", "optimizer._component_", "'os.system' is not in the list"),
         ("dataset._component_", "builtins.eval", "dataset._component_", "torchtune.datasets.instruct_dataset"),
         ("model._component_", "subprocess.run", "model._component_", "not in the list"),
         ("model._component_", "torchtune.models.llama3.llama3_8b", "model._component_", "hidden_size is"),
         ("model._component_", "torchtune.models.qwen3.qwen3_0_6b_base", "model._component_", "model_type is 'llama'"),
         ("model._component_", "torchtune.models.llama2.qlora_llama2_7b", "model._component_", "QLoRA"),
-        ("dataset.source", "tatsu-lab/alpaca", "dataset.source", "not fetched"),
+        ("dataset.source", "tatsu-lab/alpaca", "dataset.source", "with data_files it is one of"),
         ("dataset.filter_fn", "os.remove", "dataset.filter_fn", "no code"),
         ("dataset.data_files", "../secret.jsonl", "dataset.data_files", "outside of the data folder"),
         ("dataset.data_files", "/etc/passwd", "dataset.data_files", "outside of the data folder"),
@@ -95,7 +95,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("checkpointer.checkpoint_files", ["../x"], "checkpointer.checkpoint_files", "no file of checkpoint_dir"),
         ("checkpointer.model_type", "QWEN2", "checkpointer.model_type", "does not fit"),
         ("checkpointer.model_type", "GEMMA", "checkpointer.model_type", "not supported"),
-        ("resume_from_checkpoint", True, "resume_from_checkpoint", "cannot be resumed"),
+        ("resume_from_checkpoint", True, "resume_from_checkpoint", "/resume; write False"),
         ("shuffle", False, "shuffle", "write True"),
         ("dtype", "fp16", "dtype", "bf16 or fp32"),
         ("seed", "${oc.env:HOME}", "seed", "only names of this file"),
@@ -126,7 +126,8 @@ def test_a_mistake_is_named_as_the_request_has_it(api: Api, path: str, value: An
         ({"config": CONFIG, "epochs": 1}, "epochs"),
         ({"config": CONFIG, "promote": "best"}, "promote"),
         ({"config": CONFIG, "suffix": "a b"}, "suffix"),
-        ({"config": CONFIG, "recipe": "dpo"}, "recipe"),
+        ({"config": CONFIG, "recipe": "dpo"}, "config.dataset._component_"),
+        ({"config": CONFIG, "recipe": "ppo"}, "recipe"),
         ({"config": CONFIG, "recipe": "generate"}, "recipe"),
         ({"config": CONFIG, "dataset": {"data_files": "none.jsonl"}}, "dataset.data_files"),
     ],
@@ -162,7 +163,7 @@ def test_a_configuration_becomes_a_job_with_its_notes(home: Path, tmp_path: Path
         }
         assert {key: job["config"][key] for key in expected} == expected
         assert any(
-            note.startswith("optimizer: bitsandbytes.optim.PagedAdamW8bit becomes AdamW") for note in job["notes"]
+            note.startswith("optimizer: bitsandbytes.optim.PagedAdamW8bit is adamw_8bit") for note in job["notes"]
         )
         assert any(note.startswith("output_dir: not taken over HTTP") for note in job["notes"])
         assert api.get(f"/finetune/{job['id']}").json()["notes"] == job["notes"]

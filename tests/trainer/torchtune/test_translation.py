@@ -10,7 +10,14 @@ from tests.support.torchtune_configs import FULL, LORA, SEED, refusal, stock
 from trainer.config import RunConfig
 from trainer.strict import parse_options
 from trainer.torchtune import is_torchtune, parse_yaml, translate
-from trainer.torchtune.parts import WHOLE_CONTEXT
+from trainer.torchtune.data import WHOLE_CONTEXT
+
+LORA_OF_STOCK = {
+    "target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"],
+    "rank": 4,
+    "alpha": 8,
+    "dropout": 0.1,
+}
 
 
 def test_the_seeds_configuration_is_taken_unchanged() -> None:
@@ -89,7 +96,93 @@ def test_a_stock_configuration_becomes_our_options() -> None:
         (["dataset.split='train[:10%]'"], {"split": "train[:10%]"}),
         (["dataset.column_map={input: q, output: a}"], {"column_map": {"input": "q", "output": "a"}}),
         (["dataset.data_files={train: [a, b]}"], {"data_files": ["a", "b"]}),
-        (["dataset.masking_strategy=train_on_all"], {"train_on_input": True}),
+        (["dataset.masking_strategy=train_on_all"], {"masking": "all", "train_on_input": None}),
+        (["dataset.masking_strategy=train_on_last"], {"masking": "last"}),
+        (["tokenizer.truncation_type=left"], {"truncation": "left"}),
+        (["model.use_dora=True", "model.lora_attn_modules=[q_proj]"], {"lora": LORA_OF_STOCK | {"use_dora": True}}),
+        (
+            ["optimizer.betas=[0.9, 0.95]", "optimizer.eps=1e-6"],
+            {"optimizer": {"name": "adamw", "betas": [0.9, 0.95], "eps": 1e-6}},
+        ),
+        (
+            ["optimizer={_component_: torchao.optim.AdamW8bit}"],
+            {"optimizer": {"name": "adamw_8bit"}, "learning_rate": 1e-3},
+        ),
+        (
+            ["optimizer={_component_: torch.optim.SGD, momentum: 0.9, lr: 0.1}"],
+            {"optimizer": {"name": "sgd", "momentum": 0.9}, "learning_rate": 0.1, "weight_decay": 0.0},
+        ),
+        (
+            ["optimizer={_component_: torch.optim.Adafactor}"],
+            {"optimizer": {"name": "adafactor"}, "learning_rate": 0.01, "weight_decay": 0.0},
+        ),
+        (
+            ["optimizer_in_bwd=True", "~clip_grad_norm", "gradient_accumulation_steps=1"],
+            {"optimizer_in_backward": True, "max_grad_norm": None},
+        ),
+        (
+            ["lr_scheduler=transformers.get_linear_schedule_with_warmup"],
+            {"lr_schedule": "linear", "warmup_steps": 100},
+        ),
+        (["checkpointer.keep_last_n_checkpoints=2"], {"keep_last_n_checkpoints": 2}),
+        (
+            [
+                "metric_logger={_component_: torchtune.training.metric_logging.WandBLogger, project: p, entity: me}",
+            ],
+            {"tracking": {"wandb": {"project": "p", "entity": "me"}}},
+        ),
+        (
+            ["metric_logger={_component_: torchtune.training.metric_logging.MLFlowLogger, run_name: r}"],
+            {"tracking": {"mlflow": {"experiment": "default_experiment", "name": "r"}}},
+        ),
+        (
+            [
+                "dataset_val={_component_: torchtune.datasets.alpaca_dataset, source: json, data_files: v.json}",
+                "run_val_every_n_steps=5",
+                "batch_size_val=2",
+            ],
+            {
+                "validation": {"data_files": ["v.json"], "source": "json", "data_format": "alpaca"},
+                "validate_every_n_steps": 5,
+            },
+        ),
+        (
+            ["dataset={_component_: torchtune.datasets.samsum_dataset, split: 'train[:5%]'}"],
+            {
+                "data_files": None,
+                "datasets": [
+                    {
+                        "hub_id": "Samsung/samsum",
+                        "data_format": "instruct",
+                        "column_map": {"input": "dialogue", "output": "summary"},
+                        "split": "train[:5%]",
+                    }
+                ],
+            },
+        ),
+        (
+            [
+                (
+                    "dataset=[{_component_: torchtune.datasets.instruct_dataset, data_files: a.json},"
+                    "{_component_: torchtune.datasets.alpaca_cleaned_dataset, train_on_input: False}]"
+                )
+            ],
+            {
+                "train_on_input": False,
+                "datasets": [
+                    {"data_files": ["a.json"], "data_format": "instruct"},
+                    {"hub_id": "yahma/alpaca-cleaned", "data_format": "alpaca"},
+                ],
+            },
+        ),
+        (
+            [
+                "dataset={_component_: torchtune.datasets.text_completion_dataset, data_files: a.txt, packed: True}",
+                "dataset.split_across_pack=True",
+                "tokenizer.max_seq_len=512",
+            ],
+            {"data_format": "text", "packed": True, "truncation": "split"},
+        ),
         (
             ["dataset=torchtune.datasets.text_completion_dataset", "dataset.column=body"],
             {"data_format": "text", "column_map": {"text": "body"}},
@@ -141,9 +234,51 @@ def test_without_a_recipe_the_builder_decides() -> None:
     assert translate(stock("~model")).options["recipe"] == "full"
 
 
-def test_the_8_bit_optimizer_becomes_adamw_with_a_note() -> None:
+def test_the_8_bit_optimizer_is_ours_with_a_note() -> None:
     translation = translate(stock("optimizer=bitsandbytes.optim.PagedAdamW8bit"), recipe=LORA)
-    assert any("PagedAdamW8bit becomes AdamW" in note for note in translation.notes)
+    assert translation.options["optimizer"] == {"name": "adamw_8bit"}
+    assert any("PagedAdamW8bit is adamw_8bit here" in note for note in translation.notes)
+
+
+PREFERENCES = (
+    "dataset={_component_: torchtune.datasets.stack_exchange_paired_dataset, data_files: p.jsonl}",
+    "loss={_component_: torchtune.rlhf.loss.DPOLoss, beta: 0.05}",
+)
+
+
+def test_dpo_of_an_adapter() -> None:
+    translation = translate(stock(*PREFERENCES), recipe="lora_dpo_single_device")
+    options = translation.options
+    assert (options["recipe"], options["dpo"]) == ("dpo", {"update": "lora", "beta": 0.05})
+    assert options["lora"]["rank"] == 4
+    assert options["column_map"] == {"prompt": "question", "chosen": "response_j", "rejected": "response_k"}
+    assert "packed" not in options
+    parse_options(RunConfig, options)
+    assert translate(stock(*PREFERENCES)).options["recipe"] == "dpo"
+
+
+def test_dpo_of_every_weight_with_its_reference() -> None:
+    model = "model={_component_: torchtune.models.llama3.llama3_8b}"
+    reference = "ref_checkpointer={_component_: torchtune.training.FullModelHFCheckpointer, checkpoint_dir: /m/}"
+    translation = translate(stock(*PREFERENCES, model, reference), recipe="full_dpo_distributed")
+    assert translation.options["dpo"]["update"] == "full"
+    assert "lora" not in translation.options
+    assert any("one device" in note for note in translation.notes)
+    other = stock(*PREFERENCES, model, reference, "ref_checkpointer.checkpoint_dir=/n")
+    assert refusal(other, "full_dpo_distributed").param == "ref_checkpointer.checkpoint_dir"
+
+
+def test_dpo_takes_preferences_and_their_loss_only() -> None:
+    assert "takes preferences" in str(refusal(stock(PREFERENCES[1]), "lora_dpo_single_device"))
+    assert "DPOLoss" in str(refusal(stock(PREFERENCES[0]), "lora_dpo_single_device"))
+    full = "model={_component_: torchtune.models.llama3.llama3_8b}"
+    assert "lora_llama3_8b" in str(refusal(stock(*PREFERENCES, full), "lora_dpo_single_device"))
+
+
+@pytest.mark.parametrize("word", ["resume_from_checkpoint=True", "checkpointer.should_load_recipe_state=True"])
+def test_a_run_that_shall_go_on_is_told(word: str) -> None:
+    assert translate(stock(word), recipe=LORA).resume
+    assert not translate(stock(), recipe=LORA).resume
 
 
 def test_a_null_limit_of_steps_is_not_told_as_if_it_were_one() -> None:
