@@ -16,14 +16,18 @@ from lm.model import CausalLM
 from lm.template import load_template
 from lm.tokenizer import load_tokenizer
 from tests.support.adapters import CPU, DORA, adapted, load, logits
-from tests.support.runs import make_run
+from tests.support.runs import make_run, train_here
 from tests.support.tiny import make_tiny_llama
+from tests.trainer.test_resume import pausing_at
 from trainer.config import RunConfig, load_run_config
 from trainer.model_setup import load_model, merged_model, prepare_base
+from trainer.outcome import Paused
 from trainer.run_folder import RunFolder
 
 FP32 = choose_dtype("fp32", CPU)
 SPEC = LoraSpec(rank=3, alpha=5.0, dropout=0.0, target_modules=("q_proj", "down_proj"))
+
+PAIRS = [{"prompt": f"Who {n}?", "chosen": "Tuna.", "rejected": "A cat" + "!" * n} for n in range(8)]
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +130,25 @@ def test_every_so_many_th_layer_is_recomputed(tmp_path: Path, base: Path) -> Non
     options = {"enable_activation_checkpointing": True, "activation_checkpointing_interval": 2}
     _, _, model = begin(tmp_path / "run", base, **options)
     assert (model.checkpoint_activations, model.checkpoint_interval) == (True, 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"merge_start": True}, {"merge_start": True, "recipe": "dpo", "records": PAIRS}, {"lora": {"use_dora": True}}],
+    ids=["further", "merged", "merged for DPO", "DoRA of its own"],
+)
+def test_a_run_publishes_an_adapter_and_the_model_that_it_makes_of_its_base(
+    tmp_path: Path, base: Path, start: Path, options: dict[str, Any]
+) -> None:
+    if "lora" not in options:
+        options = {**options, "start_adapter": str(start)}
+    run = make_run(tmp_path / "run", base, epochs=2, learning_rate=1e-2, **options)
+    with pytest.raises(Paused):
+        train_here(run, check=pausing_at(3))
+    recipe = train_here(run, resume=True)
+    beneath = run.base if options.get("merge_start") else base
+    step = f"step_{recipe.plan.total_steps}"
+    published = load(run.checkpoints / step)
+    assert difference(published, recipe.model) < 1e-4
+    assert difference(published, merged_model(beneath, run.adapters / step)) == 0
+    assert difference(published, load(beneath)) > 0.01
