@@ -64,7 +64,7 @@ def test_loss_and_accuracy_of_a_validation_are_those_of_the_plain_logits(tmp_pat
 
 
 def test_held_out_records_are_measured_every_so_many_steps_and_at_checkpoints(tmp_path: Path, tiny_llama: Path) -> None:
-    options = {"validate_every_n_steps": 2, "save_every_n_steps": 3, "epochs": 3}
+    options: dict[str, Any] = {"validate_every_n_steps": 2, "save_every_n_steps": 3, "epochs": 3}
     run = make_run(tmp_path / "run", tiny_llama, **FULL, **options)
     train_here(run)
     assert [told["step"] for told in events(run, "validation")] == [2, 3, 4, 6, 8, 9]
@@ -73,7 +73,7 @@ def test_held_out_records_are_measured_every_so_many_steps_and_at_checkpoints(tm
 
 def test_a_run_that_no_longer_gets_better_ends_with_a_checkpoint(tmp_path: Path, tiny_llama: Path) -> None:
     """At this rate it forgets more than it learns."""
-    options = {"recipe": "full", "learning_rate": 0.5, "validation_split": 0.25, "epochs": 10, "save_every_n_steps": 9}
+    options: dict[str, Any] = {**FULL, "learning_rate": 0.5, "epochs": 10, "save_every_n_steps": 9}
     run = make_run(tmp_path / "run", tiny_llama, **options, validate_every_n_steps=1, early_stopping_patience=3)
     train_here(run)
     measured = [told["loss"] for told in events(run, "validation")]
