@@ -136,6 +136,7 @@ def _answer(services: Services, spec: JobSpec, job: Job, config: RunConfig, part
     memory = _memory(config, options, device, precision, steps, speed)
     disk = _disk(services, config, options, precision, steps)
     time = _time(steps, speed)
+    plan = services.arbiter.plan(job, memory.total)
     epochs = options.epochs if steps is None else steps["epochs"]
     return DryRunAnswer(
         model=job.model,
@@ -154,7 +155,8 @@ def _answer(services: Services, spec: JobSpec, job: Job, config: RunConfig, part
         memory=memory,
         disk=disk,
         time=time,
-        serving=None,
+        serving=plan.mode,
+        serving_reason=plan.reason,
         is_complete={"data", "steps", "speed"} <= parts.keys(),
         problems=_problems(services, parts, memory, disk),
     )

@@ -130,7 +130,7 @@ class _Server(uvicorn.Server):
             print(f"TuneServe is ready at {self._url} and serves {self._services.settings.model_name}", flush=True)
         elif not self._is_announced and self._services.is_asleep:
             self._is_announced = True
-            print(f"TuneServe is at {self._url}: {self._services.serving.gate.reason}", flush=True)
+            print(f"TuneServe is at {self._url} and not ready: {self._services.serving.gate.reason}", flush=True)
         elif not self._is_announced and (reason := self._services.failure) is not None:
             self.failed = True
             logger.error("the service cannot start: %s", reason.splitlines()[0])

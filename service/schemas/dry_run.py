@@ -105,6 +105,8 @@ class DryRunAnswer(Answer):
     time: TimeAnswer | None
     serving: Literal["apart", "share", "sleep"] | None
     """What becomes of serving while the job trains: on another device, side by side, or asleep until its end."""
+    serving_reason: str | None
+    """Why, with the figures where they decide."""
     is_complete: bool
     """Whether everything was found out within `dry_run_seconds` of the service."""
     problems: list[str]

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Coroutine, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,11 @@ class Api:
         return engine
 
     def run(self, work: Coroutine[Any, Any, ResultT], timeout: float = 20) -> ResultT:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)
+        return self.start(work).result(timeout)
+
+    def start(self, work: Coroutine[Any, Any, ResultT]) -> Future[ResultT]:
+        """`run` without waiting."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         return self.run(self.async_client.get(path, **options))
