@@ -15,6 +15,7 @@ from service.errors import install_error_handlers
 from service.middleware import BodyLimit, RequestId
 from service.routes import (
     chat,
+    checkpoint_files,
     checkpoints,
     completions,
     files,
@@ -36,6 +37,7 @@ ROUTERS = (
     finetune.router,
     finetune_figures.router,
     checkpoints.router,
+    checkpoint_files.router,
     completions.router,
     chat.router,
     responses.router,

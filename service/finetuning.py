@@ -99,6 +99,8 @@ def check_options(services: Services, spec: JobSpec) -> None:
         mend = "give validation, or validation_split above 0, such as 0.1"
         raise UserError(f"promote: best needs a validation loss; {mend}", param="promote")
     check_tracking(spec.options.tracking)
+    if spec.webhook is not None:
+        services.webhooks.check(spec.webhook)
 
 
 async def take_data(services: Services, spec: JobSpec, folder: Path) -> dict[str, TakenDataset]:

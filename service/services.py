@@ -16,6 +16,7 @@ from service.database import Database
 from service.decoders import Decoders
 from service.engine.messages import EngineConfig, EngineReady
 from service.engine_client import EngineClient
+from service.exports import Exports
 from service.files import FileStore
 from service.gate import Gate
 from service.generation import Generator
@@ -53,6 +54,7 @@ class Services:
     webhooks: Webhooks
     files: FileStore
     metrics: Metrics
+    exports: Exports = field(default_factory=Exports)
     dry_run_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by the dry run that is under way: they go one by one."""
     startup: asyncio.Task[None]
@@ -109,6 +111,7 @@ async def running_services(
             await services.webhooks.stop()
             await services.engine.stop()
             await services.grammar_checker.close()
+            await services.exports.close()
             services.startup.cancel()
             await asyncio.gather(services.startup, return_exceptions=True)
 

@@ -18,7 +18,7 @@ async def list_checkpoints(services: ServicesDep) -> CheckpointList:
     """Everything that was registered, newest first; what is served, since when, and what could not be loaded."""
     serving = services.serving
     return CheckpointList(
-        data=[_answer(services, entry) for entry in reversed(services.registry.entries())],
+        data=[checkpoint_answer(services, entry) for entry in reversed(services.registry.entries())],
         served=None if serving.served is None else serving.served.id,
         served_since=None if serving.since is None else int(serving.since),
         problems=serving.problems,
@@ -29,7 +29,7 @@ async def list_checkpoints(services: ServicesDep) -> CheckpointList:
 async def rollback(services: ServicesDep) -> CheckpointAnswer:
     """Take back the last promotion: what was served before answers again. 409 when there is none."""
     try:
-        return _answer(services, await services.serving.rollback())
+        return checkpoint_answer(services, await services.serving.rollback())
     except SwapError as error:
         raise _refusal(services, "the previous checkpoint", error) from error
 
@@ -38,7 +38,7 @@ async def rollback(services: ServicesDep) -> CheckpointAnswer:
 async def activate(checkpoint_id: str, services: ServicesDep) -> CheckpointAnswer:
     """Serve this one from now on. Returns when it answers; until then the old one does."""
     try:
-        return _answer(services, await services.serving.promote(checkpoint_id, "activate"))
+        return checkpoint_answer(services, await services.serving.promote(checkpoint_id, "activate"))
     except SwapError as error:
         raise _refusal(services, checkpoint_id, error) from error
 
@@ -50,7 +50,7 @@ def _refusal(services: Services, wanted: str, error: SwapError) -> ApiError:
     return conflict(f"{wanted} could not be loaded: {error}; {served.id if served else 'nothing'} is still served")
 
 
-def _answer(services: Services, entry: Entry) -> CheckpointAnswer:
+def checkpoint_answer(services: Services, entry: Entry) -> CheckpointAnswer:
     served = services.serving.served
     return CheckpointAnswer(
         id=entry.id,

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Header, Query
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from service.curve import loss_curve
 from service.figures import as_csv, newest_figures
 from service.jobs.store import JobEvent, JobStore
 from service.routes.finetune import JobId
@@ -68,6 +69,21 @@ async def job_metrics(
     if format == "csv" or (format is None and "text/csv" in request.headers.get("accept", "")):
         return PlainTextResponse(await asyncio.to_thread(as_csv, figures), media_type="text/csv")
     return MetricsAnswer(steps=figures["step"], validation=figures["validation"], samples=figures["samples"])
+
+
+@router.get(
+    "/{job_id}/curve.svg",
+    response_class=Response,
+    responses={200: {"content": {"image/svg+xml": {"schema": {"type": "string"}}}}},
+)
+async def job_curve(job_id: JobId, services: ServicesDep) -> Response:
+    """The losses so far as a picture."""
+    job = services.store.get(job_id)
+    events = services.store.events(job_id, types=("step", "validation", "resumed"))
+    title = f"{job.id}, {job.options.recipe} of {job.model}"
+    picture = await asyncio.to_thread(loss_curve, events, title=title)
+    headers = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
+    return Response(picture, media_type="image/svg+xml", headers=headers)
 
 
 @router.get("/{job_id}/logs", response_class=PlainTextResponse)

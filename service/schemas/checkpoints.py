@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+from lm.gguf_export import GgufType
 from service.registry import Kind
 from service.schemas.answers import Answer
 
@@ -29,6 +30,28 @@ class CheckpointAnswer(Answer):
     """Whether the engine holds its weights now."""
     served: bool
     """Whether it answers requests that name no model, or `latest`."""
+
+
+class CheckpointFile(Answer):
+    name: str
+    bytes: int
+
+
+class CheckpointDetails(CheckpointAnswer):
+    facts: dict[str, Any] | None
+    """What its tuneserve.json says: job, step, fingerprint of the data, losses, base model, options. Null for a base
+    model, and for checkpoints of earlier versions."""
+    files: list[CheckpointFile]
+
+
+class ExportAnswer(Answer):
+    object: Literal["checkpoint.export"] = "checkpoint.export"
+    model: str
+    type: GgufType
+    status: Literal["none", "running", "ready", "failed"]
+    bytes: int | None
+    error: str | None
+    """Why it failed."""
 
 
 class CheckpointList(Answer):
