@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -45,7 +46,7 @@ FineTune = Callable[..., tuple[RunResult, RunFolder]]
 
 @pytest.fixture
 def stop() -> Iterator[StopRequest]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     yield StopRequest()
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -144,6 +145,35 @@ def test_lora_publishes_an_adapter_and_the_merged_model(finetune: FineTune) -> N
     assert (folder.adapters / "step_3" / "adapter_model.safetensors").is_file()
     merged = weights(folder.checkpoints / "step_3")
     assert all(tensor.isfinite().all() for tensor in merged.values())
+
+
+@pytest.mark.parametrize("recipe", ["full", "lora"])
+def test_a_run_that_was_paused_ends_with_the_weights_of_one_that_was_not(
+    recipe: str, finetune: FineTune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The random numbers of the device go on, too: dropout draws them there."""
+    options: dict[str, Any] = {"device": "npu", "recipe": recipe, "lora": {"dropout": 0.3}, "learning_rate": 1e-2}
+    _, whole = finetune(**options, seed=0)
+    original = SupervisedRecipe.train_step
+
+    def pausing(recipe: SupervisedRecipe, batches: list[Batch], rate: float) -> Means:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        monkeypatch.undo()
+        return original(recipe, batches, rate)
+
+    def after_one(recipe: SupervisedRecipe, batches: list[Batch], rate: float) -> Means:
+        monkeypatch.setattr(SupervisedRecipe, "train_step", pausing)
+        return original(recipe, batches, rate)
+
+    monkeypatch.setattr(SupervisedRecipe, "train_step", after_one)
+    result, paused = finetune(**options, seed=0, epochs=3)
+    assert result.status == "paused"
+    assert values(paused, "paused", "step") == [1]
+    assert run(paused, StopRequest(), resume=True).status == "succeeded"
+    assert values(paused, "step", "loss") == values(whole, "step", "loss")
+    assert weights(paused.checkpoints / "step_3").keys() == weights(whole.checkpoints / "step_3").keys()
+    for name, tensor in weights(paused.checkpoints / "step_3").items():
+        assert torch.equal(tensor, weights(whole.checkpoints / "step_3")[name]), name
 
 
 def watch_steps(monkeypatch: pytest.MonkeyPatch, npu: SimulatedNpu) -> None:
