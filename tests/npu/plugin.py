@@ -29,7 +29,7 @@ def npu(request: pytest.FixtureRequest) -> Iterator[SimulatedNpu]:
     device.memory.reset_peaks()
     capacity = device.memory.capacity
     yield device
-    device.memory.capacity = capacity
+    device.memory.capacity, device.memory.fraction = capacity, 1.0
 
 
 @pytest.fixture(scope="session")

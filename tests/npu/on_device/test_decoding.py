@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lm.config import load_config
 from lm.lora import LoraSpec, add_lora, lora_parameters
 from lm.model import CausalLM, build_model
 from lm.ops import REFERENCE
-from service.engine.messages import ModelLoaded
+from service.engine.messages import EngineReady, ModelLoaded
 from tests.npu.simulated.device import SimulatedNpu
 from tests.support.engines import Driver, tiny_engine_config
 
@@ -185,3 +186,18 @@ def test_the_engine_gives_its_memory_back(tiny_llama: Path, npu: SimulatedNpu) -
     assert npu.memory.allocated > before
     del driver
     assert npu.memory.allocated == before
+
+
+def test_an_engine_that_shares_the_card_plans_within_its_part(npu: SimulatedNpu, tiny_llama: Path) -> None:
+    def ready(memory_fraction: float | None) -> EngineReady:
+        gc.collect()
+        npu.module.empty_cache()
+        npu.memory.capacity = npu.memory.allocated + (2 << 20)
+        fields = {"kv_cache_bytes": None, "max_num_seqs": 512, "memory_fraction": memory_fraction}
+        return Driver(tiny_engine_config(tiny_llama, device="npu", **fields)).engine.ready
+
+    whole, half = ready(None), ready(0.5)
+    assert half.memory_total == npu.memory.capacity
+    assert 0 < half.memory_needed <= half.memory_total / 2
+    assert half.memory_needed < whole.memory_needed <= whole.memory_total
+    assert npu.memory.fraction == 0.5

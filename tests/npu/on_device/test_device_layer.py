@@ -7,6 +7,7 @@ import torch
 
 from lm.device import (
     choose_dtype,
+    limit_memory,
     memory_figures,
     peak_bandwidth,
     reset_peak_memory,
@@ -78,3 +79,15 @@ def test_waiting_for_the_card_is_a_host_sync(npu: SimulatedNpu) -> None:
 
 def test_the_bandwidth_is_assumed_from_the_name() -> None:
     assert peak_bandwidth(NPU) == (1.6e12, "assumed")
+
+
+def test_a_process_takes_no_more_of_the_card_than_its_share(npu: SimulatedNpu) -> None:
+    figures = memory_figures(NPU)
+    share = (figures.allocated + (1 << 20)) / figures.total
+    limit_memory(NPU, share)
+    with pytest.raises(torch.OutOfMemoryError, match="may be taken"):
+        torch.zeros(1 << 19, device=NPU)
+    assert torch.ones(1 << 17, device=NPU).sum().item() == 1 << 17
+    assert memory_figures(NPU).total == figures.total  # it is a limit, not a smaller card
+    limit_memory(NPU, 1.0)
+    assert torch.ones(1 << 19, device=NPU).sum().item() == 1 << 19

@@ -27,6 +27,8 @@ class Memory:
         self.allocated = self.peak_allocated = 0
         self.reserved = self.peak_reserved = 0
         self.num_allocations = self.num_ooms = 0
+        self.fraction = 1.0
+        """What this process may take of the capacity."""
         self._context = threading.local()
         self.enter_thread()
 
@@ -62,13 +64,14 @@ class Memory:
             raise RuntimeError("107002: the context is empty; call torch.npu.set_device in this thread first")
 
     def _make_room(self, padded: int, num_bytes: int) -> None:
-        if self.allocated + padded > self.capacity:
+        allowed = int(self.fraction * self.capacity)
+        if self.allocated + padded > allowed:
             gc.collect()  # tensors in reference cycles; a real allocator cannot, but a test must not depend on the moment
-        if self.allocated + padded > self.capacity:
+        if self.allocated + padded > allowed:
             self.num_ooms += 1
             raise torch.OutOfMemoryError(
                 f"NPU out of memory. Tried to allocate {num_bytes / 2**20:.2f} MiB (simulated NPU 0; "
-                f"{self.capacity / 2**20:.2f} MiB total capacity; {self.allocated / 2**20:.2f} MiB allocated)"
+                f"{allowed / 2**20:.2f} MiB may be taken of {self.capacity / 2**20:.2f} MiB total capacity; {self.allocated / 2**20:.2f} MiB allocated)"
             )
 
     def _grow(self, padded: int) -> None:

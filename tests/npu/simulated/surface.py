@@ -120,6 +120,12 @@ class NpuModule(ModuleType):
         check(device)
         return self._memory.free, self._memory.capacity
 
+    def set_per_process_memory_fraction(self, fraction: float, device: Device = None) -> None:
+        check(device)
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"Invalid fraction value: {fraction}. Allowed range: [0, 1]")
+        self._memory.fraction = fraction
+
     def reset_peak_memory_stats(self, device: Device = None) -> None:
         check(device)
         self._memory.reset_peaks()
