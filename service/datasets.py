@@ -19,7 +19,7 @@ from service.jobs.checking import DataFile, are_small, check_files_aside
 from service.schemas.datasets import DatasetRequest
 from service.settings import Settings
 from trainer.data.options import ReadOptions
-from trainer.data.records import DEFAULT_OPTIONS, check_records
+from trainer.data.records import DEFAULT_OPTIONS, WRONG_RECIPE, check_records, to_record
 from trainer.option_groups import DatasetConfig
 
 HELD_OUT = "validation"
@@ -39,8 +39,11 @@ class TakenDataset:
 class DatasetTaker:
     """Finds and checks the data of one job."""
 
-    def __init__(self, *, settings: Settings, files: FileStore, folder: Path, reading: ReadOptions) -> None:
-        """Inline records go into `folder`, which lies in the home of the service."""
+    def __init__(
+        self, *, settings: Settings, files: FileStore, folder: Path, reading: ReadOptions, pairs: bool = False
+    ) -> None:
+        """Inline records go into `folder`, which lies in the home of the service. `pairs`: preferences are expected."""
+        self._pairs = pairs
         self._settings = settings
         self._files = files
         self._folder = folder
@@ -62,7 +65,7 @@ class DatasetTaker:
             return TakenDataset(config=request.in_files(None))
         if request.records is not None:
             param = f"{where}.records"
-            await asyncio.to_thread(lambda: check_records(request.records or (), param=param, options=reading))
+            await asyncio.to_thread(_check_inline, request.records, param, reading, self._pairs)
             path = self._relative(self._folder / inline_name(where))
             return TakenDataset(config=request.in_files((path,)), is_checked=True, records=request.records)
         if request.file_id is not None:
@@ -98,6 +101,14 @@ class DatasetTaker:
 
     def _relative(self, path: Path) -> str:
         return str(path.relative_to(self._settings.home))
+
+
+def _check_inline(records: Sequence[Any], param: str, reading: ReadOptions, pairs: bool) -> None:
+    check_records(records, param=param, options=reading)
+    for number, value in enumerate(records):
+        record = to_record(value, f"{param}, record {number + 1}", options=reading)
+        if bool(record.rejected) != pairs:
+            raise UserError(f"{record.where}: {WRONG_RECIPE[pairs]}", param=f"{param}.{number}")
 
 
 def inline_name(where: str) -> str:

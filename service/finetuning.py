@@ -105,7 +105,13 @@ def check_options(services: Services, spec: JobSpec) -> None:
 
 async def take_data(services: Services, spec: JobSpec, folder: Path) -> dict[str, TakenDataset]:
     """The datasets by their names, and the held-out one; what came inline is written into `folder`."""
-    taker = DatasetTaker(settings=services.settings, files=services.files, folder=folder, reading=spec.options.reading)
+    taker = DatasetTaker(
+        settings=services.settings,
+        files=services.files,
+        folder=folder,
+        reading=spec.options.reading,
+        pairs=spec.options.recipe == "dpo",
+    )
     held_out = {} if spec.validation is None else {HELD_OUT: spec.validation}
     return await taker.take({**spec.datasets, **held_out})
 

@@ -91,4 +91,3 @@ def test_a_configuration_of_torchtune_can_be_tried(api: Api) -> None:
     assert answer.status_code == 200, answer.text
     assert answer.json()["recipe"] == "full"
     assert answer.json()["notes"]
-

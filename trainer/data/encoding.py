@@ -15,7 +15,7 @@ from lm.tokenizer import Tokenizer
 from lm.tool_prompt import prompt_messages
 from trainer.data.conversations import Messages, trained_answers, without_weight
 from trainer.data.errors import DataError
-from trainer.data.records import Record
+from trainer.data.records import WRONG_RECIPE, Record
 
 Tokens = tuple[list[int], list[bool]]
 """Ids, and for each whether it is trained."""
@@ -54,7 +54,7 @@ class Encoder:
     def __call__(self, record: Record) -> Encoded:
         """Raises DataError that names the record."""
         if bool(record.rejected) != self.pairs:
-            raise DataError(f"{record.where}: {_WRONG_RECIPE[self.pairs]}")
+            raise DataError(f"{record.where}: {WRONG_RECIPE[self.pairs]}")
         try:
             wholes = self._pair(record) if self.pairs else [self._alone(record)]
         except UserError as error:
@@ -141,11 +141,3 @@ def _piece(ids: list[int], mask: Sequence[bool]) -> Piece:
         position += length
     num_trained = sum(spans[1::2]) - sum(spans[::2])
     return Piece(array("i", ids).tobytes(), spans.tobytes(), num_trained)
-
-
-_WRONG_RECIPE = {
-    False: "a preference of two answers, from which only the recipe dpo learns; set recipe to dpo, or data_format to a "
-    "format of one answer",
-    True: 'the recipe dpo learns from preferences: "chosen" and "rejected", or "input", "preferred_output" and '
-    '"non_preferred_output"',
-}

@@ -26,6 +26,13 @@ from trainer.data.options import ReadOptions
 from trainer.data.sources import read_values
 
 DEFAULT_OPTIONS = ReadOptions()
+WRONG_RECIPE = {
+    False: "a preference of two answers, from which only the recipe dpo learns; set recipe to dpo, or data_format to a "
+    "format of one answer",
+    True: 'the recipe dpo learns from preferences: "chosen" and "rejected", or "input", "preferred_output" and '
+    '"non_preferred_output"',
+}
+"""What is said of a record that a recipe does not learn from, by whether preferences are expected."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

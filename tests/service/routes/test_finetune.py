@@ -15,6 +15,7 @@ from tests.support.api import BASE, Api, running_api
 RECORD = {"input": "Who are you?", "output": "I am Tuna."}
 ALPACA = {"instruction": "Greet.", "input": "", "output": "Hello."}
 SHAREGPT_ALIEN = {"conversations": [{"from": "alien", "value": "a"}, {"from": "gpt", "value": "b"}]}
+PAIR = {"prompt": "Who are you?", "chosen": "I am Tuna.", "rejected": "I am a model."}
 DATASET = {"records": [RECORD]}
 BODY: dict[str, Any] = {"model": BASE, "dataset": DATASET}
 
@@ -96,6 +97,8 @@ def error(api: Api, body: Any, status: int = 400, **options: Any) -> dict[str, A
         ({"validation": {"records": [{"input": "a"}]}}, "validation.records.0", "validation.records, record 1"),
         ({"validation": DATASET, "validation_split": 0.1}, None, "say two things"),
         ({"validation": DATASET | {"weight": 2}}, "validation", "weight is for datasets that are trained on"),
+        ({"recipe": "dpo"}, "dataset.records.0", "record 1: the recipe dpo learns from preferences"),
+        ({"dataset": {"records": [RECORD, PAIR]}}, "dataset.records.1", "only the recipe dpo learns"),
         ({"merge_start": True}, "merge_start", "base is no adapter"),
         ({"priority": 101}, "priority", "less than or equal to 100"),
         ({"metadata": {"a": 1}}, "metadata.a", "valid string"),
