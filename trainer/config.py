@@ -32,7 +32,14 @@ Truncation = Literal["right", "left", "split"]
 
 DEFAULT_EPOCHS = 3
 DEFAULT_MIN_STEPS = 48
-DEFAULT_LEARNING_RATE = {"full": 1e-4, "lora": 5e-4, "dpo of full": 1e-6, "dpo of lora": 5e-5}
+_ADAMW_RATES = {"full": 1e-4, "lora": 5e-4, "dpo of full": 1e-6, "dpo of lora": 5e-5}
+DEFAULT_LEARNING_RATE = {
+    "adamw": _ADAMW_RATES,
+    "adamw_8bit": _ADAMW_RATES,
+    "sgd": {"full": 0.1, "lora": 0.5, "dpo of full": 1e-3, "dpo of lora": 0.05},
+    "adafactor": {"full": 2e-3, "lora": 0.1, "dpo of full": 2e-5, "dpo of lora": 1e-2},
+}
+"""SGD's steps are as long as the gradients, which are clipped; Adafactor's are shares of the weights."""
 
 
 class TrainingOptions(Strict):
@@ -49,7 +56,8 @@ class TrainingOptions(Strict):
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Stop after this many optimizer steps, whatever `epochs` says."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Peak learning rate. Default: 5e-4 for lora, 1e-4 for full; for dpo 5e-5 with an adapter, 1e-6 without."""
+    """Peak learning rate. Default with adamw: 5e-4 for lora, 1e-4 for full; for dpo 5e-5 with an adapter, 1e-6 without.
+    Much higher with sgd and adafactor, whose rates mean other things."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the rate rises linearly; after that it goes as `lr_schedule` says."""
     warmup_steps: Annotated[int, Field(ge=0, le=1_000_000_000)] | None = None
@@ -154,7 +162,8 @@ class TrainingOptions(Strict):
     def peak_learning_rate(self) -> float:
         if self.learning_rate is not None:
             return self.learning_rate
-        return DEFAULT_LEARNING_RATE[f"dpo of {self.dpo.update}" if self.recipe == "dpo" else self.recipe]
+        recipe = f"dpo of {self.dpo.update}" if self.recipe == "dpo" else self.recipe
+        return DEFAULT_LEARNING_RATE[self.optimizer.name][recipe]
 
     @property
     def trains_adapter(self) -> bool:

@@ -66,8 +66,8 @@ class DpoConfig(Strict):
 
 class OptimizerConfig(Strict):
     name: Literal["adamw", "adamw_8bit", "sgd", "adafactor"] = "adamw"
-    """`adamw_8bit` keeps its moments in 8 bits: a quarter of their memory. `adafactor` keeps a row and a column of them.
-    `sgd` keeps the momentum, if any."""
+    """`adamw_8bit` keeps its moments in 8 bits: a quarter of their memory, and slow on a CPU. `adafactor` keeps a row and
+    a column of them. `sgd` keeps the momentum, if any."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         default=(0.9, 0.999), strict=False
     )

@@ -17,6 +17,15 @@ def test_only_the_model_and_the_data_are_required() -> None:
     assert config.peak_learning_rate == 5e-4
 
 
+def test_the_rate_goes_by_the_recipe_and_the_optimizer() -> None:
+    dpo: dict[str, Any] = {"recipe": "dpo", "dpo": {"update": "full"}}
+    assert parse_options(TrainingOptions, dpo).peak_learning_rate == 1e-6
+    assert parse_options(TrainingOptions, {"recipe": "dpo"}).peak_learning_rate == 5e-5
+    assert parse_options(TrainingOptions, {"optimizer": "adamw_8bit"}).peak_learning_rate == 5e-4
+    assert parse_options(TrainingOptions, {"optimizer": "sgd"}).peak_learning_rate == 0.5
+    assert parse_options(TrainingOptions, {"optimizer": "sgd", "learning_rate": 0.25}).peak_learning_rate == 0.25
+
+
 def test_few_records_are_passed_over_more_often_unless_epochs_are_given() -> None:
     steps = {n: n * TrainingOptions().planned_epochs(n) for n in (1, 5, 16, 22)}
     assert steps == {1: 48, 5: 50, 16: 48, 22: 66}
