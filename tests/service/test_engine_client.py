@@ -296,3 +296,26 @@ def test_an_idle_engine_uses_no_processor_and_ends_with_its_parent(tiny: Path) -
 def processor_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_an_engine_that_sleeps_is_a_process_less_and_comes_back_with_its_weights(tiny: Path) -> None:
+    async def check() -> None:
+        async with running(tiny_engine_config(tiny)) as (client, _):
+            expected = await collect(TokenStream(client, request("a", PROMPT)))
+            first, known = client.pid, client.known
+            cut_off = TokenStream(client, request("long", PROMPT, max_tokens=200))
+            assert client.num_open == 1
+            await client.sleep()
+            assert (client.state, client.pid, client.num_open) == ("asleep", None, 0)
+            assert (client.ready, client.known) == (None, known)
+            assert len(await collect(cut_off)) < 200
+            with pytest.raises(EngineUnavailable, match="asleep"):
+                TokenStream(client, request("b", PROMPT))
+            await client.start()
+            assert (client.state, client.restarts) == ("ready", 0)
+            assert client.pid not in (None, first)
+            assert await collect(TokenStream(client, request("c", PROMPT))) == expected
+        await client.start()
+        assert (client.state, client.pid) == ("stopped", None)  # for good
+
+    asyncio.run(check())
