@@ -8,15 +8,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 
+from lm.config_fields import read_json_object
 from lm.errors import UserError
+from lm.folder import user_path
 from lm.gguf_export import GgufType
 from service import __version__
 from service.config_commands import copy_config, list_configs, validate_config
 from service.generate_command import run_generate
+from service.model_facts import MODEL_NAME
 from service.pull import MODELS, pull_any
 from service.run_command import run_recipe
 from service.run_config import plan_generation, print_notes
@@ -97,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("checkpoint", help="a model folder, such as checkpoints/step_30 of a run, or an adapter's")
     command.add_argument("target", metavar="OUT.gguf", help="the file; it must not be there yet")
     command.add_argument("--type", choices=get_args(GgufType), default="f16", help="of the matrices; default: f16")
-    command.add_argument("--base", help="an adapter's base model; default: the one that it names")
+    command.add_argument("--base", help="an adapter's base model; default: the one that it names, in the home")
     return parser
 
 
@@ -182,8 +186,19 @@ def _pull(options: argparse.Namespace, rest: list[str]) -> int:
 def _export(options: argparse.Namespace, rest: list[str]) -> int:
     _refuse(rest)
     words = [options.checkpoint, options.target, "--type", options.type]
-    words += [] if options.base is None else ["--base", options.base]
+    base = options.base or _adapters_base(user_path(options.checkpoint))
+    words += [] if base is None else ["--base", str(base)]
     return subprocess.run([sys.executable, "-m", "trainer.export", *words], check=False).returncode
+
+
+def _adapters_base(folder: Path) -> Path | None:
+    """The model in the home that an adapter names as its base."""
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        return None
+    name = str(read_json_object(config).get("base_model_name_or_path"))
+    base = load_settings(None, {}, os.environ).home / "models" / name
+    return base if MODEL_NAME.fullmatch(name) and base.is_dir() else None
 
 
 def _config_and_words(options: argparse.Namespace, rest: list[str]) -> tuple[str, list[str]]:

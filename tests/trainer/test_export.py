@@ -1,9 +1,7 @@
-"""Checkpoints and adapters as GGUF files, by the command that a person and the service run."""
+"""Checkpoints and adapters as GGUF files."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -60,13 +58,6 @@ def test_an_adapter_whose_base_is_nowhere_is_refused(
     assert main([str(tmp_path / "step_1"), str(tmp_path / "out.gguf")]) == 2
     assert "is an adapter on 'org/tiny', which is no folder here; give its folder as --base" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
-
-
-def test_the_command_of_the_service_does_it_in_a_process_of_its_own(tmp_path: Path, tiny_llama: Path) -> None:
-    command = [sys.executable, "-m", "service.cli", "export", str(tiny_llama), "out.gguf", "--type", "q8_0"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "out.gguf\n", "")
-    assert (tmp_path / "out.gguf").read_bytes()[:4] == b"GGUF"
 
 
 def test_a_file_that_is_there_stays(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
