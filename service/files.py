@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -153,6 +154,12 @@ class FileStore:
     def delete(self, file_id: str) -> None:
         """Raises NotFoundError."""
         self._remove(self.get(file_id))
+
+    def discard(self, file_ids: Iterable[str]) -> None:
+        """Remove those that are there."""
+        for file_id in file_ids:
+            if (row := self._row(file_id)) is not None:
+                self._remove(_file(row))
 
     def remove_expired(self) -> None:
         """Those that no job needs which is not over."""

@@ -129,7 +129,9 @@ async def resume_job(job_id: JobId, services: ServicesDep) -> JobAnswer:
 async def delete_job(job_id: JobId, services: ServicesDep) -> JobDeleted:
     """Remove a job with all its files and checkpoints. 409 while it is not over, and while one of its checkpoints is
     served or in use."""
+    job = services.store.get(job_id)
     await services.jobs.delete(job_id)
+    services.files.discard(job.result_files)
     return JobDeleted(id=job_id)
 
 

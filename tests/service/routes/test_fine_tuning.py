@@ -344,6 +344,16 @@ def test_checkpoints_come_newest_first_with_their_figures(api: Api, client: open
     assert (page["first_id"], page["last_id"], page["has_more"]) == (last.id, middle.id, True)
 
 
+def test_the_result_file_goes_with_its_job(api: Api, client: openai.AsyncOpenAI) -> None:
+    kept = api.services.files.keep(b"step\n", file_id="file-r", filename="a.csv", purpose="fine-tune-results")
+    job = stored(api, result_files=(api.run(kept).id, "file-gone"), status="succeeded", paused=False)
+    assert api.run(client.files.content("file-r")).content == b"step\n"
+    assert [file["id"] for file in api.get("/v1/files?purpose=fine-tune-results").json()["data"]] == ["file-r"]
+    assert api.run(api.async_client.delete(f"/finetune/{job.id}")).status_code == 200
+    assert api.get("/v1/files").json()["data"] == []
+    assert api.get(f"{JOBS}/{job.id}").status_code == 404
+
+
 def test_a_request_with_a_key_makes_one_job(api: Api, client: openai.AsyncOpenAI) -> None:
     body = {"model": BASE, "training_file": upload(api, client)}
     headers = {"Idempotency-Key": "k"}
