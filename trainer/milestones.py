@@ -4,7 +4,8 @@ published."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,6 +37,8 @@ class Milestones:
     progress: Progress
     publisher: Publisher
     samples: Samples | None
+    autocast: Callable[[], AbstractContextManager[object]]
+    """For the samples; what is published is computed as it is stored."""
     dataset: Mapping[str, Any]
     """What the run's `dataset` event says."""
 
@@ -47,8 +50,9 @@ class Milestones:
         if validation is not None:
             self.progress.event("validation", step=step, **validation.as_event())
         if self.samples is not None and (saves or validation is not None):
-            answers = [asdict(answer) for answer in self.samples.answer(model)]
-            self.progress.event("samples", step=step, samples=answers)
+            with self.autocast():
+                answers = self.samples.answer(model)
+            self.progress.event("samples", step=step, samples=[asdict(answer) for answer in answers])
         if saves:
             self._publish(model, position, validation, final=ends or step == self.plan.total_steps)
         if ends:

@@ -238,6 +238,7 @@ class Recipe(ABC):
             plan=self.plan,
             progress=self.progress,
             publisher=Publisher(self.config, self.folder, self.precision.dtype, base=self.base),
+            autocast=self.autocast,
             samples=load_samples(self.config, self.base, self.model_config.max_position_embeddings),
             dataset=self.data.report,
         )
@@ -316,8 +317,7 @@ class Recipe(ABC):
         validation = self.validate() if self.plan.validates(step) else None
         if validation is not None:
             self._check_finite(step, validation_loss=validation.loss)
-        with self.autocast():
-            passed = self.milestones.passed(self.model, self.position, validation)
+        passed = self.milestones.passed(self.model, self.position, validation)
         self.position.finished = True
         if passed.saved and not passed.ends and step < self.plan.total_steps:
             self.save_state()
