@@ -130,6 +130,7 @@ def _serve(options: argparse.Namespace, rest: list[str]) -> int:
     for name in SECRETS:
         os.environ.pop(f"{PREFIX}{name.upper()}", None)  # the engine and the trainers need none
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log the URLs of webhooks, which may hold a token
     return serve(settings)
 
 

@@ -94,7 +94,7 @@ class Settings(Strict):
     max_upload_size: Size = 512 << 20
     """Largest uploaded file."""
     max_job_restarts: Annotated[int, Field(ge=0, le=100)] = 3
-    """How often a job begins again because the service was stopped while it ran."""
+    """How often a job goes on by itself after its trainer died while the service was away. Stops and pauses do not count."""
     dry_run_seconds: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """How long a dry run of POST /finetune may take; what it has found out by then is answered."""
     cancel_grace_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
