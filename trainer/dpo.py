@@ -15,8 +15,9 @@ from lm.model import CausalLM
 from trainer.data.batches import Batch, in_batches
 from trainer.data.rows import MixedRows
 from trainer.dpo_loss import answer_log_probs, preference_loss
-from trainer.recipe import Recipe, Sums
+from trainer.recipe import Recipe
 from trainer.reference import ReferenceTable
+from trainer.sums import Sums
 
 log = logging.getLogger(__name__)
 

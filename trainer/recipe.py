@@ -10,22 +10,13 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from lm.config import load_config
-from lm.device import (
-    choose_dtype,
-    limit_memory,
-    memory_figures,
-    random_state,
-    resolve_device,
-    seed_everything,
-)
+from lm.device import choose_dtype, limit_memory, memory_figures, random_state, resolve_device, seed_everything
 from lm.model import CausalLM
 from trainer.config import RunConfig
 from trainer.data.batches import Batch, epoch_steps, in_batches
@@ -41,32 +32,12 @@ from trainer.progress import Progress, StepReport
 from trainer.publish import Publisher
 from trainer.run_folder import RunFolder
 from trainer.samples import load_samples
-from trainer.schedule import learning_rate
+from trainer.schedule import planned_rate
 from trainer.state import check_data, collect_tensors, read_state, restore, save_state
+from trainer.sums import Means, Sums
 from trainer.validation import Validation, perplexity
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Sums:
-    """Of one batch, on the device."""
-
-    loss: Tensor
-    """The sum that the gradient is of; a scalar."""
-    figures: Tensor
-    """(F,) fp32 without a gradient: the sums of the recipe's FIGURES."""
-
-
-@dataclass(frozen=True, slots=True)
-class Means:
-    """Of one step, over its units."""
-
-    loss: float
-    grad_norm: float
-    """Before clipping."""
-    figures: dict[str, float]
-    """By the names of FIGURES."""
 
 
 class Recipe(ABC):
@@ -170,7 +141,7 @@ class Recipe(ABC):
         steps = itertools.islice(self._steps(index + 1, first_step), total - first_step)
         window_start = time.perf_counter()
         for batches in self.progress.bar(steps, total, first_step):
-            rate = self._learning_rate(self.position.step + 1)
+            rate = planned_rate(self.config, plan.total_steps, self.position.step + 1)
             means = self.train_step(batches, rate)
             self._take(means, batches, rate, time.perf_counter() - window_start)
             if self._end_step():
@@ -274,16 +245,6 @@ class Recipe(ABC):
             seed=self.config.seed,
             epoch=epoch,
             first_step=first_step,
-        )
-
-    def _learning_rate(self, step: int) -> float:
-        return learning_rate(
-            step,
-            total_steps=self.plan.total_steps,
-            peak=self.config.peak_learning_rate,
-            warmup_ratio=self.config.warmup_ratio,
-            warmup_steps=self.config.warmup_steps,
-            schedule=self.config.lr_schedule,
         )
 
     def _take(self, means: Means, batches: list[Batch], rate: float, seconds: float) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from trainer.config import TrainingOptions
+
 
 def learning_rate(
     step: int,
@@ -31,3 +33,15 @@ def learning_rate(
     if schedule == "linear":
         return peak * (1 - progress)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def planned_rate(options: TrainingOptions, total_steps: int, step: int) -> float:
+    """The rate of a step of a run that takes so many."""
+    return learning_rate(
+        step,
+        total_steps=total_steps,
+        peak=options.peak_learning_rate,
+        warmup_ratio=options.warmup_ratio,
+        warmup_steps=options.warmup_steps,
+        schedule=options.lr_schedule,
+    )

@@ -6,7 +6,8 @@ from typing import ClassVar, Literal
 
 from trainer.data.batches import Batch
 from trainer.loss import cross_entropy
-from trainer.recipe import Recipe, Sums
+from trainer.recipe import Recipe
+from trainer.sums import Sums
 
 
 class SupervisedRecipe(Recipe):

@@ -22,8 +22,8 @@ from tests.npu.simulated.device import SimulatedNpu
 from tests.npu.simulated.statistics import HostSyncError
 from trainer.__main__ import StopRequest, run
 from trainer.data.batches import Batch
-from trainer.recipe import Means, Sums
 from trainer.run_folder import RunFolder, RunResult
+from trainer.sums import Means, Sums
 from trainer.supervised import SupervisedRecipe
 
 RECORDS = [{"input": f"who is number {n}?", "output": f"the {n}th one, and {'very ' * n}glad"} for n in range(6)]
