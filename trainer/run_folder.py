@@ -7,6 +7,7 @@ log.txt          what the trainer printed, written by whoever started it
 lock             held (flock) while a trainer lives
 state/step_N/    training state, the newest only; state/data/ the records as token ids
 adapters/step_N/, checkpoints/step_N/   published whole: a folder with its final name is complete
+tensorboard/     event files, and wandb/ where that tracks the run; tracking.json: what each tracker calls the run
 result.json      written last: the run is over, or paused
 
 A run that goes on in its folder removes result.json and says `resumed` with the step it goes on behind: what the events

@@ -84,7 +84,7 @@ def test_what_is_imported_again_has_the_same_logits(
 def test_transformers_finds_the_same_model_and_tokenizer_in_the_file(
     tmp_path: Path, family: str, kind: GgufType
 ) -> None:
-    head = {"head_dim": 128} if family == "qwen3" else {}  # its reader of GGUF knows no other
+    head: dict[str, Any] = {"head_dim": 128} if family == "qwen3" else {}  # its reader of GGUF knows no other
     source = make_model(tmp_path / "source", family, tie_word_embeddings=False, **head)
     export_gguf(source, tmp_path / "model.gguf", kind)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
@@ -166,9 +166,10 @@ def refused(tmp_path: Path, source: Path, match: str, kind: GgufType = "f16") ->
 
 
 def test_what_gguf_has_no_word_for_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
-    window = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 0}
+    window: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 0}
     refused(tmp_path, make_model(tmp_path / "a", "qwen2", **window), "sliding_window: llama.cpp has none for qwen2")
-    for number, odd in enumerate(({"truncate": False}, {"attention_factor": 0.7})):
+    odd_ones: tuple[dict[str, Any], ...] = ({"truncate": False}, {"attention_factor": 0.7})
+    for number, odd in enumerate(odd_ones):
         source = make_model(tmp_path / f"yarn-{number}", "llama", rope_parameters={**YARN, **odd})
         refused(tmp_path, source, "no word for this kind of YaRN")
 
