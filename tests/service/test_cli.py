@@ -92,7 +92,7 @@ def test_version_is_that_of_the_package(home: Path) -> None:
         (["run", LORA, "--config", "run.yaml", "~seed"], ["~seed: there is no 'seed' to remove"]),
         (["run", LORA, "--config", "run.yaml", "--seed", "1"], ["'--seed'", "key=value"]),
         (["run", LORA], ["config: a file or a stock config is needed"]),
-        (["run", "full_finetune_distributed", "--config", "run.yaml"], ["one device", FULL]),
+        (["run", "ppo_full_finetune_single_device", "--config", "run.yaml"], ["on one device", FULL]),
         (["run", "--nproc_per_node", "2", FULL, "--config", "run.yaml"], ["--nproc_per_node", "torchrun"]),
         (["run", "--nnodes=1", FULL, "--config", "run.yaml"], ["--nnodes=1", "torchrun"]),
         (["generate", "--config", "run.yaml"], ["torchtune's shape", "tuneserve cp generation"]),
