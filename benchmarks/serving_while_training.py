@@ -32,6 +32,7 @@ from tests.support.server import running_server
 PROMPT = "Tell me what a tuna is, and where it lives."
 MAX_TOKENS = 48
 POLL_S = 0.2
+PATIENCE_S = 3600
 RECORDS = [
     {
         "input": f"Question {number}: what is {number} plus {number}?",
@@ -68,10 +69,11 @@ class Bench:
     @contextmanager
     def service(self, mode: str) -> Iterator[httpx.Client]:
         with tempfile.TemporaryDirectory() as home:
-            arguments = (f"model={self.model}", f"device={self.device}", f"serving_while_training={mode}")
+            chosen = {"model": self.model, "device": self.device, "serving_while_training": mode}
+            arguments = [f"{key}={value}" for key, value in {**chosen, "sleep_wait_seconds": PATIENCE_S}.items()]
             with (
                 running_server(Path(home), *arguments, *self.settings, timeout=600) as server,
-                httpx.Client(base_url=server.url, timeout=3600) as client,
+                httpx.Client(base_url=server.url, timeout=PATIENCE_S) as client,
             ):
                 stream(client, Streams())  # the first answer warms up
                 yield client

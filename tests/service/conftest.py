@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from service.database import Database
 from service.jobs.store import JobStore
-from service.registry import Registry
+from service.metrics import Metrics
+from service.registry import Entry, Registry
+from service.serving import Serving
+from service.settings import Settings
 from tests.support.api import Api, running_api
+from tests.support.stub_engine import StubEngine
+from trainer.config import TrainingOptions
 
 BASE = "tiny"
 
@@ -74,3 +80,29 @@ def own_api(tmp_path: Path) -> Iterator[Api]:
     """For tests that break something."""
     with running_api(tmp_path, max_queued_requests=0, max_num_seqs=2) as api:
         yield api
+
+
+@pytest.fixture
+def engine() -> StubEngine:
+    return StubEngine()
+
+
+@pytest.fixture
+def make_serving(home: Path, registry: Registry, engine: StubEngine) -> Callable[..., Serving]:
+    def make(**settings: Any) -> Serving:
+        return Serving(engine, registry, Settings(home=home, model="tiny", **settings), Metrics("tiny"))
+
+    return make
+
+
+@pytest.fixture
+def checkpoints(store: JobStore, registry: Registry, home: Path) -> list[Entry]:
+    """Two entries of the served base, oldest first."""
+    entries = []
+    for step in (1, 2):
+        job = store.create(
+            status="running", model="tiny", options=TrainingOptions(), data_files=[], suffix="", promote="final"
+        )
+        event = {"step": step, "kind": "adapter", "path": f"adapters/step_{step}", "final": True, "loss": 1.0}
+        entries.append(registry.add_checkpoint(job, home / "runs" / job.id, event))
+    return entries

@@ -150,3 +150,17 @@ def test_a_service_that_is_killed_and_comes_back_leaves_the_device_to_the_traine
         assert over(client, job)["status"] == "cancelled"
         until(client, "/health", "sleep", values=(None,))
         assert ok(client, "POST", "/generate", QUESTION)["model"] == "tiny"
+
+
+def test_a_stop_while_the_engine_sleeps_leaves_no_process_and_the_next_start_sleeps_again(home: Path) -> None:
+    with service(home) as (server, client):
+        job = finetune(client, **SHORT | {"epochs": 40, "save_every_n_steps": 1_000})
+        until(client, f"/finetune/{job}", "progress", "step", values=tuple(range(1, 80)))
+        assert state(client, "asleep")["sleep"]["phase"] == "asleep"
+        left = children_of(server.process.pid)
+        assert server.stop() == 0
+        assert [pid for pid in left if is_alive(pid)] == []
+    with service(home, "sleep_wait_seconds=300") as (server, client):
+        done = over(client, job)
+        assert (done["status"], done["attempt"]) == ("succeeded", 2)
+        assert ok(client, "POST", "/generate", QUESTION)["model"] == done["fine_tuned_model"]
