@@ -103,8 +103,8 @@ def test_gradients_equal_those_of_peft(tmp_path: Path, base: Path, name: str, dr
     torch.manual_seed(7)
     model.logits(model(IDS, POSITIONS)).square().mean().backward()
     torch.manual_seed(7)
+    theirs(IDS).logits.square().mean().backward()
     expected = {key: parameter.grad for key, parameter in theirs.named_parameters() if parameter.requires_grad}
-    expected = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.requires_grad}
     for key, parameter in lora_parameters(model).items():
         module, _, kind = key.partition(".lora_")
         kind = kind.removesuffix(".weight")
