@@ -90,10 +90,6 @@ def _lengths(row: Example, width: int) -> list[int]:
     return [*(row.lengths or [len(row.ids)]), width - len(row.ids)]
 
 
-def steps_per_epoch(num_examples: int, *, batch_size: int, accumulation: int) -> int:
-    return math.ceil(num_examples / (batch_size * accumulation))
-
-
 def epoch_steps(
     rows: Sequence[Row], *, batch_size: int, accumulation: int, seed: int, epoch: int, first_step: int = 0
 ) -> Iterator[list[Batch]]:
