@@ -96,5 +96,10 @@ def children(client: Client) -> list[int]:
 
 
 def trainer_of(client: Client) -> int:
-    (trainer,) = (pid for pid in children(client) if "trainer" in command_of(pid))
+    """It starts once its device has room, which is a moment after the job was taken."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (found := [pid for pid in children(client) if "trainer" in command_of(pid)]):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (trainer,) = found
     return trainer
