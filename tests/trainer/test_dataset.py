@@ -187,7 +187,10 @@ def test_held_out_records_may_have_a_file_of_their_own(load: Any, tmp_path: Path
 
 
 TOOL = {"type": "function", "function": {"name": "now", "description": "The time"}}
-CALL: dict[str, Any] = {"role": "assistant", "tool_calls": [{"function": {"name": "now", "arguments": '{"zone": "北京"}'}}]}
+CALL: dict[str, Any] = {
+    "role": "assistant",
+    "tool_calls": [{"function": {"name": "now", "arguments": '{"zone": "北京"}'}}],
+}
 
 
 def test_tools_and_calls_are_written_as_they_are_when_served(load: Any, template: ChatTemplate) -> None:
