@@ -41,11 +41,18 @@ def test_the_demo_asks_questions_that_are_not_in_the_data_word_for_word(identity
     assert not {words(question) for question in (*demo.HELD_OUT, *demo.OTHER)} & known
 
 
-@pytest.mark.parametrize(("name", "recipe"), [("lora_smollm2", "lora"), ("full_smollm2.yaml", "full")])
-def test_a_stock_recipe_is_valid_and_its_data_are_there(name: str, recipe: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "recipe", "data"),
+    [
+        ("lora_smollm2", "lora", "identity.json"),
+        ("full_smollm2.yaml", "full", "identity.json"),
+        ("lora_dpo_smollm2", "dpo", "preferences.json"),
+    ],
+)
+def test_a_stock_recipe_is_valid_and_its_data_are_there(name: str, recipe: str, data: str) -> None:
     config = load_run_config(find_config(name))
     assert config.recipe == recipe
-    assert [find_data(file) for file in (config.data_files or ())] == [demo.DATA]
+    assert [find_data(file) for file in (config.data_files or ())] == [demo.DATA.with_name(data)]
 
 
 def test_the_stock_settings_are_those_of_a_service_without_a_config() -> None:

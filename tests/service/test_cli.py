@@ -73,7 +73,11 @@ def test_version_is_that_of_the_package(home: Path) -> None:
         (["serve", "model=absent"], ["model: there is no model 'absent'", "holds tiny", "tuneserve pull absent"]),
         (
             ["serve", "--config", "absent"],
-            ["config: there is no file absent", "full_smollm2, generation, lora_smollm2, serve", "tuneserve ls"],
+            [
+                "config: there is no file absent",
+                "full_smollm2, generation, lora_dpo_smollm2, lora_smollm2, serve",
+                "tuneserve ls",
+            ],
         ),
         (["pull", "gpt-4"], ["'gpt-4'", "smollm2-135m-instruct"]),
         (["pull", "gpt-4", "force=1"], ["'force=1'"]),
