@@ -31,6 +31,7 @@ def check_url(url: str, *, allow_private: bool) -> httpx.URL:
     try:
         parsed = httpx.URL(url)
         host = parsed.host
+        parsed.raw_host.decode("ascii").encode("idna")  # as a look-up does, which refuses labels of no or 64 letters
     except (httpx.InvalidURL, ValueError, UnicodeError) as error:
         raise ForbiddenAddress(f"{url!r:.200} is no URL: {error}") from error
     if parsed.scheme not in ("http", "https") or not host:

@@ -52,6 +52,8 @@ def test_an_address_of_the_internet_is_public(address: str) -> None:
         ("https://", "host"),
         ("nonsense", "https"),
         ("http://[::1", "no URL"),
+        ("http://hooks..example.org/", "no URL"),
+        (f"http://{'a' * 64}.org/", "no URL"),
         ("http://user:pass@example.org/", "password"),
         ("http://localhost/x", "not a public"),
         ("http://127.0.0.1:8000/", "not a public"),

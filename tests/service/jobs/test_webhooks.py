@@ -164,6 +164,15 @@ def test_a_receiver_that_is_not_there_is_a_problem_and_not_an_error(database: Da
     assert "ConnectError" in (delivery.problem or "")
 
 
+def test_a_name_that_cannot_be_looked_up_does_not_end_the_deliveries_of_others(
+    database: Database, store: JobStore
+) -> None:
+    webhooks = make(database, delays_s=())
+    webhooks.add(ended_job(store, "http://hooks..example.org/"))
+    with webhook_receiver() as receiver:
+        assert deliver(webhooks, ended_job(store, receiver.url)).is_delivered
+
+
 def test_a_webhook_needs_a_secret_and_a_url_that_will_be_called(database: Database) -> None:
     make(database).check("http://localhost/")
     with pytest.raises(UserError, match="webhook_secret"):
