@@ -65,6 +65,7 @@ class Progress:
         _cut_half_line(folder.events)
         self._events = folder.events.open("a", encoding="utf-8")
         self._path = folder.metrics
+        _cut_half_line(self._path)
         self._metrics, self._table = _open_table(self._path)
         self._listeners: list[Listener] = []
         self._bar: tqdm[Any] | None = None
@@ -142,7 +143,7 @@ def _open_table(path: Path) -> tuple[IO[str], csv.DictWriter[str]]:
 
 
 def _cut_half_line(path: Path) -> None:
-    """Take away the line that a killed trainer was writing: what is appended must not become a part of it."""
+    """Take away the line that a killed trainer was writing: it must neither grow by what is appended nor be read."""
     if not path.exists():
         return
     with path.open("rb+") as file:

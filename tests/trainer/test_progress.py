@@ -91,6 +91,16 @@ def test_the_lines_that_a_killed_trainer_was_writing_are_gone(tmp_path: Path) ->
     assert all(row["peak_memory_bytes"] == "1024" for row in rows(folder))
 
 
+def test_half_the_number_of_a_step_is_no_row(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    tell(folder, *range(1, 12))
+    with folder.metrics.open("a") as file:
+        file.write("1")  # of 12
+    with Progress(folder) as progress:
+        progress.resume(11)
+    assert [row["step"] for row in rows(folder)] == [str(step) for step in range(1, 12)]
+
+
 def test_metrics_of_an_older_version_get_the_columns_of_this_one(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.metrics.write_text("step,loss,gone\n1,0.25,5\n2,0.5,5\n", encoding="utf-8")
