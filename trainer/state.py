@@ -137,7 +137,7 @@ def collect_tensors(
         tensors[f"parameter.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[_optimizer_name(name, key, value)] = value
+                tensors[f"optimizer.{key}.{name}"] = value
     return tensors
 
 
@@ -145,6 +145,7 @@ def restore(state: TrainingState, model: nn.Module, optimizer: torch.optim.Optim
     """Put everything back where it was. Raises UserError, before anything has changed, for the state of another model."""
     parameters = _trained(model)
     _check_fits(state, parameters)
+    counts_on_host = not optimizer.defaults.get("fused")
     random_numbers: dict[str, Tensor] = {}
     for full_name, tensor in state.tensors():
         kind, _, name = full_name.partition(".")
@@ -155,7 +156,8 @@ def restore(state: TrainingState, model: nn.Module, optimizer: torch.optim.Optim
                 parameters[name].copy_(tensor)
         else:
             key, _, name = name.partition(".")
-            optimizer.state[parameters[name]][key] = tensor if kind == "host" else tensor.to(parameters[name].device)
+            stays = key == "step" and counts_on_host
+            optimizer.state[parameters[name]][key] = tensor if stays else tensor.to(parameters[name].device)
     version, numbers, gauss = state.python_random
     random.setstate((version, tuple(numbers), gauss))
     restore_random_state(random_numbers, device)
@@ -174,11 +176,6 @@ def _check_fits(state: TrainingState, parameters: Mapping[str, nn.Parameter]) ->
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _optimizer_name(name: str, key: str, value: Tensor) -> str:
-    """What an optimizer keeps on the host, such as a count of steps, stays there."""
-    return f"{'host' if value.device.type == 'cpu' else 'device'}.{key}.{name}"
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

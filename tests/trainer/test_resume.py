@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from lm.config import load_config
 from lm.errors import UserError
+from lm.model import build_model
+from lm.ops import REFERENCE
 from tests.support.runs import RECORDS, begin, events, make_run, table, told_losses, train_here, weights
 from tests.support.tiny import make_tiny_llama
 from trainer.config import load_run_config
+from trainer.optimizer import build_optimizer
 from trainer.outcome import Paused
 from trainer.progress import Progress
 from trainer.run_folder import RunFolder
@@ -186,6 +191,21 @@ def test_a_state_of_another_model_is_refused(tmp_path: Path, tiny_llama: Path) -
             recipe = begin(folder, progress)
         with pytest.raises(UserError, match=f"step_1 does not fit the model: model.{missing}.* and None here"):
             restore(state, recipe.model, recipe.optimizer, recipe.device)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "sgd", "adafactor"])
+def test_what_an_optimizer_keeps_goes_to_the_device_of_its_weights(tmp_path: Path, tiny_llama: Path, name: str) -> None:
+    """A run may go on on another device than it was begun on, here on one that computes nothing."""
+    run = make_run(tmp_path / "run", tiny_llama, **FULL, optimizer={"name": name, "momentum": 0.9}, epochs=1)
+    pause(run, 2)
+    config = load_run_config(run.config)
+    state = read_state(run, config)
+    assert state is not None
+    model = build_model(load_config(tiny_llama), device=torch.device("meta"), dtype=torch.float32, ops=REFERENCE)
+    optimizer = build_optimizer(list(model.parameters()), config.optimizer, weight_decay=0.0)
+    restore(state, model, optimizer, torch.device("cpu"))
+    kept = [(key, value.device.type) for one in optimizer.state.values() for key, value in one.items()]
+    assert set(kept) - {("step", "cpu")} == {(key, "meta") for key, _ in kept if key != "step"} != set()
 
 
 def test_a_disk_that_fills_while_a_state_is_written_leaves_the_one_before(
