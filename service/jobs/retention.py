@@ -11,7 +11,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from service.errors import conflict
+from service.errors import ApiError, conflict
 from service.jobs.job import Job, new_id
 from service.jobs.store import JobStore
 from service.registry import Entry, Registry
@@ -37,7 +37,10 @@ class Retention:
         entries = sorted(self._registry.of_job(job.id), key=lambda entry: entry.step or 0)
         for entry in entries[:-number] if number else ():
             if not self._is_pinned(entry):
-                await self._remove(entry)
+                try:
+                    await self._remove(entry)
+                except ApiError:  # somebody activated it meanwhile
+                    continue
                 event = {"type": "checkpoint_removed", "model": entry.id, "step": entry.step}
                 self._store.record(job.id, [event])
 
@@ -80,14 +83,14 @@ class Retention:
 
     async def remove_job(self, job: Job) -> None:
         """Delete a job with its checkpoints and its folder. Raises ApiError 409 where it runs or something is needed."""
-        if job.status in ("running", "validating_files"):
-            raise conflict(f"the job {job.id} cannot be deleted while it is {job.status}; cancel it first", param="id")
+        _refuse_at_work(job)
         entries = self._registry.of_job(job.id)
         for entry in entries:
             if (reason := self._need_for(entry)) is not None:
                 raise conflict(f"the job {job.id} cannot be deleted: {entry.id}: {reason}", param="id")
         for entry in reversed(entries):
             await self._serving.drop(entry)
+        _refuse_at_work(self._store.get(job.id))  # somebody may have resumed it meanwhile
         removed = self._delete(job)
         for folder in removed:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
@@ -119,6 +122,11 @@ class Retention:
                 shutil.rmtree(away, ignore_errors=True)
             else:
                 away.rename(away.with_name(name))
+
+
+def _refuse_at_work(job: Job) -> None:
+    if job.status in ("running", "validating_files"):
+        raise conflict(f"the job {job.id} cannot be deleted while it is {job.status}; cancel it first", param="id")
 
 
 def _remove_folder(folder: Path) -> None:

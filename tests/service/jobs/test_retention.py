@@ -185,6 +185,36 @@ def test_a_job_is_deleted_with_everything_it_made_and_a_rollback_goes_past_it(be
     run(bench, work())
 
 
+def test_a_checkpoint_that_is_activated_while_it_is_to_be_removed_stays(bench: Bench) -> None:
+    async def work() -> None:
+        job = create(bench)
+        first, *_ = [publish(bench, job, step) for step in (1, 2, 3)]
+        async with bench.serving.undisturbed():
+            activation = asyncio.create_task(bench.serving.promote(first.id, "activate"))
+            await asyncio.sleep(0)
+            removal = asyncio.create_task(keep(bench, job))
+            await asyncio.sleep(0)
+        await asyncio.gather(activation, removal)
+        assert left(bench, job) == ([1, 2, 3], ["step_1", "step_2", "step_3"])
+
+    run(bench, work())
+
+
+def test_a_job_that_is_resumed_while_it_is_deleted_is_not_deleted(bench: Bench) -> None:
+    async def work() -> None:
+        job = create(bench, status="failed")
+        publish(bench, job, 1)
+        async with bench.serving.undisturbed():
+            deletion = asyncio.create_task(bench.supervisor.delete(job.id))
+            await asyncio.sleep(0)
+            bench.store.record(job.id, status="running")
+        with pytest.raises(ApiError, match="while it is running"):
+            await deletion
+        assert bench.store.get(job.id).status == "running"
+
+    run(bench, work())
+
+
 @pytest.mark.parametrize("status", ["running", "validating_files"])
 def test_a_job_that_is_at_work_is_not_deleted(bench: Bench, status: str) -> None:
     async def work() -> None:
