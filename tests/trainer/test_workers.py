@@ -62,6 +62,19 @@ def test_a_bad_record_ends_it_where_it_stands_and_its_processes_too(
     assert children() == []
 
 
+def calling(arguments: dict[str, Any]) -> Record:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": [call]}]
+    return to_record({"messages": turns}, "here, record 1")
+
+
+def test_what_no_frame_can_hold_is_encoded_or_refused_as_in_this_process(spec: EncoderSpec) -> None:
+    large = calling({"a": 10**30})
+    assert list(encode_apart([large], spec, 1)) == [(large, spec.build()(large))]
+    with pytest.raises(DataError, match=r"^here, record 1: .*lone surrogate"):
+        list(encode_apart([calling({"a": "\ud800"})], spec, 1))
+
+
 def test_a_worker_that_dies_is_an_error_and_not_a_wait(spec: EncoderSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "CHUNK_RECORDS", 4)
     apart = encode_apart(records(1000), spec, 1)

@@ -85,7 +85,7 @@ def encode_apart(records: Iterable[Record], spec: EncoderSpec, num_workers: int)
         under_way: deque[tuple[list[Record], Future[Answer]]] = deque()
         stack.callback(_cancel, under_way)
         for chunk in _chunks(records):
-            under_way.append((chunk, pool.submit(_ask, idle, chunk)))
+            under_way.append((chunk, pool.submit(_ask, idle, chunk, spec)))
             if len(under_way) > AHEAD * num_workers:
                 yield from _taken(*under_way.popleft())
         while under_way:
@@ -144,10 +144,12 @@ class _Worker:
             raise ChildProcessError(f"a process that tokenizes ended with exit code {self._process.wait()}") from error
 
 
-def _ask(idle: queue.SimpleQueue[_Worker], chunk: list[Record]) -> Answer:
+def _ask(idle: queue.SimpleQueue[_Worker], chunk: list[Record], spec: EncoderSpec) -> Answer:
     worker = idle.get()
     try:
         return worker.encode(chunk)
+    except (OverflowError, UnicodeEncodeError):  # a number or a text that JSON can say and msgpack cannot
+        return _answer(chunk, spec.build())
     finally:
         idle.put(worker)
 
