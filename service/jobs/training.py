@@ -74,7 +74,7 @@ class Training:
 
     def begin(self, job: Job) -> None:
         """Start the trainer of a job that is `running` in the store."""
-        self._rooms[job.id] = asyncio.create_task(self._arbiter.make_room(job))
+        self._rooms[job.id] = asyncio.create_task(retry.until_written(self._arbiter.make_room, job))
         self.spawn(job.id, self._start, job.id)
 
     def take_up(self, job: Job) -> None:
@@ -155,11 +155,11 @@ class Training:
         try:
             await asyncio.wait([self._rooms[job_id]])
             room, job = self._rooms[job_id], self._store.get(job_id)
-            if not room.cancelled():
+            if not room.cancelled():  # as by a pause, also one that was taken back meanwhile: the job waits again then
                 room.result()
-            if not (self.is_stopping or job.cancel_requested or job.pause_requested):
-                self._follow(job, self._launcher.launch(job, self._arbiter.limits(job)))
-                return
+                if not (self.is_stopping or job.cancel_requested or job.pause_requested):
+                    self._follow(job, self._launcher.launch(job, self._arbiter.limits(job)))
+                    return
         except UserError as error:
             code = "no_disk_space" if isinstance(error, NoDiskSpaceError) else "invalid_config"
             failure = JobError(code=code, message=str(error), param=error.param)

@@ -179,6 +179,23 @@ def test_a_job_that_waits_for_room_can_be_cancelled_and_paused(tiny_home: Path) 
     run(work())
 
 
+def test_a_pause_that_is_taken_back_at_once_does_not_start_a_trainer_without_room(tiny_home: Path) -> None:
+    async def work() -> None:
+        async with running_bench(tiny_home) as bench:
+            bench.arbiter.room.clear()
+            job = bench.supervisor.submit(**bench.columns(SHORT))
+            await asyncio.sleep(0)  # it waits for room now
+            bench.supervisor.pause(job.id)
+            bench.supervisor.resume(job.id)
+            await asyncio.sleep(0.5)
+            assert bench.store.get(job.id).pid is None
+            assert [name for name, _ in bench.arbiter.asked] == ["make_room", "give_back", "make_room"]
+            bench.arbiter.room.set()
+            assert (await bench.finished(job)).status == "succeeded"
+
+    run(work())
+
+
 def test_a_pause_that_comes_before_the_trainer_listens_loses_nothing(tiny_home: Path) -> None:
     async def work() -> None:
         async with running_bench(tiny_home) as bench:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from service.jobs import retry
+from service.jobs.job import Job
 from tests.support.jobs import SHORT, Bench, make_bench, running_bench
 from tests.support.processes import is_alive
 from tests.support.tiny import make_tiny_llama
@@ -85,5 +86,23 @@ def test_a_failure_that_cannot_be_written_down_now_is_later(home: Path) -> None:
         assert (failed.status, failed.error.code) == ("failed", "internal_error")
         await bench.supervisor.stop()
         bench.database.close()
+
+    asyncio.run(work())
+
+
+def test_a_job_whose_device_sleeps_for_it_later_than_it_should_is_started_all_the_same(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        async with running_bench(home) as bench:
+
+            async def make_room(job: Job) -> None:  # as the arbiter does where the engine is to sleep
+                bench.store.record(job.id, [{"type": "serving_sleeps"}])
+
+            monkeypatch.setattr(bench.arbiter, "make_room", make_room)
+            job = bench.supervisor.submit(**bench.columns(SHORT, promote="manual"))
+            with nothing_can_be_written(bench):
+                await asyncio.sleep(2 * retry.RETRY_S)
+            assert (await bench.finished(job)).status == "succeeded"
 
     asyncio.run(work())
