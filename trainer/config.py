@@ -81,7 +81,7 @@ class TrainingOptions(Strict):
     records of it, which is for plain text."""
     masking: Masking = "assistant"
     """Which tokens are trained: every answer of the `assistant`, the `last` one, or `all`, prompts included. A message's
-    own `weight` of 0 takes an answer out."""
+    own `weight` of 0 takes an answer out. Not for dpo."""
     train_on_input: bool = False
     """The same as masking: all."""
     source: Source = "auto"
@@ -106,14 +106,14 @@ class TrainingOptions(Strict):
     `train[-5%:]`."""
     packed: bool = False
     """Put several records into one row of `max_seq_len` tokens. None sees another, so only the padding goes away; a
-    batch then has `batch_size` rows."""
+    batch then has `batch_size` rows. Not for dpo."""
     validation_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of the records that is held out. They are measured every `validate_every_n_steps`, at every checkpoint and at
     the end: loss, perplexity, accuracy of the tokens."""
     validate_every_n_steps: Annotated[int, Field(ge=1)] | None = None
     """Measure the held-out records every so many steps too. Default: at checkpoints and at the end."""
     early_stopping_patience: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """End the run after so many validations in a row without a lower loss."""
+    """End the run after so many validations in a row without a lower loss. Needs held-out records."""
     early_stopping_min_delta: Annotated[float, Field(ge=0)] = 0.0
     """What counts as lower: by more than this."""
     sample_prompts: Annotated[
@@ -156,6 +156,11 @@ class TrainingOptions(Strict):
             raise ValueError("optimizer_in_backward needs gradient_accumulation_steps: 1, since no gradient is kept")
         if self.optimizer_in_backward and self.max_grad_norm is not None:
             raise ValueError("optimizer_in_backward needs max_grad_norm: null, since the norm is known too late")
+        if self.recipe == "dpo" and self.packed:
+            raise ValueError("packed: the recipe dpo compares whole answers, pair by pair; remove it")
+        if self.recipe == "dpo" and self.trained_on != "assistant":
+            name = "train_on_input" if self.train_on_input else "masking"
+            raise ValueError(f"{name}: the recipe dpo compares the answers in which a pair differs; remove it")
         return self
 
     @property

@@ -63,12 +63,14 @@ def prepare_data(
 
     Raises UserError for a mistake in the data, which names the record, and what `check_cancelled` raises.
     """
-    _check_options(config)
+    if config.early_stopping_patience is not None and config.validation is None and not config.validation_split:
+        name = "early_stopping_patience"
+        raise UserError(f"{name}: nothing is held out; give validation, or validation_split above 0", param=name)
     spec = EncoderSpec(
         model=config.model,
         tokenizer_file=config.tokenizer_file,
         max_seq_len=max_seq_len,
-        masking="assistant" if config.recipe == "dpo" else config.trained_on,
+        masking=config.trained_on,
         truncation=config.truncation,
         pairs=config.recipe == "dpo",
     )
@@ -94,18 +96,6 @@ def prepare_data(
         log.warning(warning)
         progress.event("warning", message=warning)
     return RunData(rows, _plain_rows(store, validation, config), store.info.fingerprint, report)
-
-
-def _check_options(config: RunConfig) -> None:
-    if config.recipe != "dpo":
-        return
-    if config.packed:
-        reason = "packed: rows of several records are not for the recipe dpo, which compares whole answers; remove it"
-        raise UserError(reason, param="packed")
-    if config.trained_on == "all":
-        name = "train_on_input" if config.train_on_input else "masking"
-        reason = f"{name}: the recipe dpo compares answers, and both have the same prompt; remove it"
-        raise UserError(reason, param=name)
 
 
 def _data_sets(config: RunConfig) -> Iterator[DatasetConfig]:

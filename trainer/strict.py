@@ -79,11 +79,14 @@ def parse_options(model: type[OptionsT], data: dict[str, Any]) -> OptionsT:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise UserError(explain(error, model), param=dotted(error.errors()[0]["loc"])) from error
+        raise UserError(explain(error, model), param=dotted(error.errors()[0]["loc"]) or None) from error
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first mistake of a validation, for people: `learning_rate: input should be greater than 0 (got -1.0)`."""
+    """The first mistake of a validation, for people: `learning_rate: input should be greater than 0 (got -1.0)`.
+
+    One of several fields together names them itself.
+    """
     first = error.errors()[0]
     field = dotted(first["loc"])
     if first["type"] == "extra_forbidden":
@@ -92,6 +95,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     message = message[:1].lower() + message[1:]
     if first["type"] == "missing":
         return f"{field}: this field is required"
+    if not field:
+        return message
     return f"{field}: {message}" + ("" if first["type"] == SECRET else f" (got {first['input']!r:.200})")
 
 

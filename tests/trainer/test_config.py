@@ -104,6 +104,29 @@ def test_options_of_the_data_are_checked(options: dict[str, Any], param: str, wo
     assert caught.value.param == param
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"train_on_input": True, "masking": "last"}, "train_on_input and masking: last say two things; remove one"),
+        ({"merge_start": True}, "merge_start needs start_adapter"),
+        ({"recipe": "dpo", "packed": True}, "packed: the recipe dpo compares whole answers, pair by pair; remove it"),
+        (
+            {"recipe": "dpo", "masking": "last"},
+            "masking: the recipe dpo compares the answers in which a pair differs; remove it",
+        ),
+        (
+            {"recipe": "dpo", "train_on_input": True},
+            "train_on_input: the recipe dpo compares the answers in which a pair differs; remove it",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together_are_told_without_all_the_others(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_options(RunConfig, {"model": "m", "data_files": ["d.json"], **options})
+    assert str(caught.value) == words
+    assert caught.value.param is None
+
+
 def test_options_of_the_data_survive_yaml_and_json() -> None:
     options = {"prompt_template": {"user": ["a", "b"]}, "column_map": {"input": "q"}, "split": "train[:5%]"}
     config = parse_options(RunConfig, {"model": "m", "data_files": ["d.json"], **options})

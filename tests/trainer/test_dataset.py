@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lm.errors import UserError
 from lm.template import ChatTemplate
 from service.schemas.messages import Tool
 from service.tools.plan import plan_tools
@@ -236,14 +237,11 @@ def test_records_and_recipe_have_to_fit(load: Any) -> None:
         load([PREFERENCE, record("a", "b")], recipe="dpo")
 
 
-@pytest.mark.parametrize(
-    ("options", "param"),
-    [({"packed": True}, "packed"), ({"train_on_input": True}, "train_on_input"), ({"masking": "all"}, "masking")],
-)
-def test_dpo_refuses_what_is_not_for_it(load: Any, options: dict[str, Any], param: str) -> None:
-    with pytest.raises(Exception, match="dpo") as caught:
-        load([PREFERENCE], recipe="dpo", **options)
-    assert getattr(caught.value, "param", None) == param
+def test_a_run_cannot_stop_early_by_what_is_not_measured(load: Any) -> None:
+    with pytest.raises(UserError, match="early_stopping_patience: nothing is held out; give validation, or valid"):
+        load([record("a", "b")] * 2, early_stopping_patience=1)
+    data = load([record("a", "b")] * 2, early_stopping_patience=1, validation_split=0.5)
+    assert data.report["validation_records"] == 1
 
 
 def test_the_report_counts_what_is_trained(load: Any) -> None:

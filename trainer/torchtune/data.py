@@ -92,7 +92,7 @@ def _read(group: object, where: str, recipe: str, collected: Collected) -> DataS
         parse_options(DatasetConfig, config)
     except UserError as error:
         if not error.param:  # of several fields together, of which only the split can be wrong by now
-            raise UserError(f"{where}.split{error}", param=f"{where}.split") from error
+            raise UserError(f"{where}.split: {error}", param=f"{where}.split") from error
         raise in_users_words(error, origins) from error
     return DataSet(config=config, origins=origins, common=_common(builder, keys, where, collected))
 
