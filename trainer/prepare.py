@@ -89,7 +89,7 @@ def prepare_data(
     training, validation = _divide(store, config)
     rows = _rows(store, training, config, max_seq_len)
     report = _report(store, training, validation, rows if config.packed else None)
-    _tell(config, sets, store, report, max_seq_len)
+    _tell(config, sets, store, training, report, max_seq_len)
     progress.event("dataset", **report)
     progress.event("examples", examples=list(_shown(store, training, config.recipe == "dpo", tokenizer)))
     for warning in store.info.warnings:
@@ -190,7 +190,12 @@ def _report(
 
 
 def _tell(
-    config: RunConfig, sets: Sequence[RecordSet], store: TokenStore, report: Mapping[str, Any], max_seq_len: int
+    config: RunConfig,
+    sets: Sequence[RecordSet],
+    store: TokenStore,
+    training: list[Numbers],
+    report: Mapping[str, Any],
+    max_seq_len: int,
 ) -> None:
     sources = Counter(source for one in sets for source in one.sources())
     log.info(f"Data files: {', '.join(f'{count} of {source}' for source, count in sources.items())}.")
@@ -198,7 +203,9 @@ def _tell(
     formats = ", ".join(f"{count} records of {name}" for name, count in store.info.formats.items())
     log.info(f"Data: {formats}, {how}.")
     if config.packed:
-        share = report["tokens"] / (report["rows"] * max_seq_len)
+        lengths = store.lengths()
+        weighted = zip(config.training_sets, training, strict=True)
+        share = sum(one.weight * lengths[numbers].sum() for one, numbers in weighted) / (report["rows"] * max_seq_len)
         log.info(f"Packed {report['records']} records into {report['rows']} rows, {share:.1%} of them filled.")
 
 

@@ -48,6 +48,20 @@ def test_forms_may_differ_from_record_to_record_and_are_counted(
     assert "Data: 2 records of instruct, 1 records of text, 1 records of alpaca, by their columns." in caplog.messages
 
 
+def test_packed_rows_are_as_full_whatever_their_weight(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = []
+    for weight in (1.0, 4.0):
+        sets = [{"data_files": [str(tmp_path / f"{weight}" / "data.json")], "weight": weight}]
+        options: dict[str, Any] = {"data_files": None, "datasets": sets, "packed": True, "max_seq_len": 128}
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            prepare(make_run(tmp_path / f"{weight}", tiny_llama, **options))
+        told += [message.split("rows, ")[1] for message in caplog.messages if message.startswith("Packed")]
+    assert told[0] == told[1]
+
+
 def test_a_tokenizer_file_is_trained_with_and_goes_into_the_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_llama, tmp_path / "base")
     (base / "tokenizer.json").rename(tmp_path / "mine.json")
