@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 from xml.sax.saxutils import escape, quoteattr
+
+from service.figures import Event, newest_figures
 
 WIDTH, HEIGHT = 800, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 40, 48
@@ -25,9 +26,9 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    training: dict[int, float] = field(default_factory=dict)
+    training: dict[int, float]
     """By step; in order."""
-    validation: dict[int, float] = field(default_factory=dict)
+    validation: dict[int, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,24 +44,19 @@ class _Scale:
         return self.first + (value - self.low) / (self.high - self.low) * (self.last - self.first)
 
 
-def collect_losses(events: Iterable[Mapping[str, Any]]) -> Losses:
-    """The last word on each step: a resumed run tells some of its steps again."""
-    losses = Losses()
-    for event in events:
-        if event["type"] == "resumed":
-            for line in (losses.training, losses.validation):
-                for step in [step for step in line if step > event["step"]]:
-                    del line[step]
-        line_of = {"step": losses.training, "validation": losses.validation}.get(event["type"])
-        if line_of is not None and isinstance(event.get("loss"), int | float) and math.isfinite(event["loss"]):
-            line_of.pop(event["step"], None)
-            line_of[event["step"]] = float(event["loss"])
-    return losses
+def _losses(events: Iterable[Event]) -> Losses:
+    figures = newest_figures(events)
+    return Losses(training=_by_step(figures["step"]), validation=_by_step(figures["validation"]))
 
 
-def loss_curve(events: Iterable[Mapping[str, Any]], *, title: str) -> str:
+def _by_step(events: Iterable[Event]) -> dict[int, float]:
+    known = ((event["step"], event.get("loss")) for event in events)
+    return {step: float(loss) for step, loss in known if isinstance(loss, int | float) and math.isfinite(loss)}
+
+
+def loss_curve(events: Iterable[Event], *, title: str) -> str:
     """An SVG picture of the training loss and, where there is one, the validation loss, over the steps."""
-    losses = collect_losses(events)
+    losses = _losses(events)
     if not losses.training and not losses.validation:
         return _svg(title, "No step is done yet.", [_text(WIDTH / 2, HEIGHT / 2, "No step is done yet.", "middle")])
     steps = [*losses.training, *losses.validation]

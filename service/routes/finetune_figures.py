@@ -60,15 +60,20 @@ async def job_events(
 )
 async def job_metrics(
     job_id: JobId, request: Request, services: ServicesDep, format: Literal["json", "csv"] | None = None
-) -> Response | MetricsAnswer:
+) -> Response:
     """The figures of every step, and those of the held-out records: as JSON, or with `format=csv` (or `Accept: text/csv`)
     as a table of one line a step."""
     services.store.get(job_id)
-    events = services.store.events(job_id, types=("step", "validation", "samples", "resumed"))
-    figures = await asyncio.to_thread(newest_figures, events)
+    events = await all_events(services.store, job_id, "step", "validation", "samples", "resumed")
     if format == "csv" or (format is None and "text/csv" in request.headers.get("accept", "")):
-        return PlainTextResponse(await asyncio.to_thread(as_csv, figures), media_type="text/csv")
-    return MetricsAnswer(steps=figures["step"], validation=figures["validation"], samples=figures["samples"])
+        return PlainTextResponse(await asyncio.to_thread(lambda: as_csv(newest_figures(events))), media_type="text/csv")
+    return Response(await asyncio.to_thread(_as_json, events), media_type="application/json")
+
+
+def _as_json(events: list[JobEvent]) -> str:
+    figures = newest_figures(events)
+    answer = MetricsAnswer(steps=figures["step"], validation=figures["validation"], samples=figures["samples"])
+    return answer.model_dump_json()
 
 
 @router.get(
@@ -79,7 +84,7 @@ async def job_metrics(
 async def job_curve(job_id: JobId, services: ServicesDep) -> Response:
     """The losses so far as a picture."""
     job = services.store.get(job_id)
-    events = services.store.events(job_id, types=("step", "validation", "resumed"))
+    events = await all_events(services.store, job_id, "step", "validation", "resumed")
     title = f"{job.id}, {job.options.recipe} of {job.model}"
     picture = await asyncio.to_thread(loss_curve, events, title=title)
     headers = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
@@ -93,6 +98,15 @@ async def job_logs(
     """The last lines that the trainer printed."""
     run = services.jobs.run_folder(services.store.get(job_id))
     return PlainTextResponse(await asyncio.to_thread(run.log_tail, lines, lines * 256))
+
+
+async def all_events(store: JobStore, job_id: str, *types: str) -> list[JobEvent]:
+    """All of these types. There may be 100,000, which would hold everybody up: others go on between two batches."""
+    events: list[JobEvent] = []
+    while batch := store.events(job_id, after=events[-1]["id"] if events else 0, limit=EVENT_BATCH, types=types):
+        events += batch
+        await asyncio.sleep(0)
+    return events
 
 
 async def follow(store: JobStore, job_id: str, *, after: int) -> AsyncGenerator[bytes]:

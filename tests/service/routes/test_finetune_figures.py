@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from service.routes.finetune_figures import EVENT_BATCH, all_events
 from tests.support.api import BASE, Api, running_api
 from trainer.config import TrainingOptions
 
@@ -50,6 +52,21 @@ def test_figures_come_as_json_and_as_csv(api: Api, job_id: str) -> None:
     assert second.endswith("3,1.5,1.25,3.5")
     assert api.get(f"/finetune/{job_id}/metrics?format=csv").text == table.text
     assert api.get(f"/finetune/{job_id}/metrics?format=xml").status_code == 400
+
+
+def test_others_go_on_while_the_figures_of_a_long_run_are_read(api: Api, job_id: str) -> None:
+    async def work() -> None:
+        store, num_steps = api.services.store, 4 * EVENT_BATCH
+        store.record(job_id, [{"type": "step", "step": number, "loss": 1.0} for number in range(1, num_steps + 1)])
+        reading, turns = asyncio.create_task(all_events(store, job_id, "step")), 0
+        while not reading.done():
+            await asyncio.sleep(0)
+            turns += 1
+        numbers = [event["step"] for event in await reading]
+        assert numbers[-num_steps:] == [*range(1, num_steps + 1)]
+        assert turns > 4
+
+    api.run(work())
 
 
 def test_losses_come_as_a_picture(api: Api, job_id: str) -> None:
