@@ -14,6 +14,7 @@ from service.registry import Registry
 from service.schemas.datasets import DatasetRequest, named_datasets
 from service.schemas.finetune import JobOptions, TorchtuneRequest
 from trainer.config import TrainingOptions
+from trainer.strict import parse_options
 from trainer.torchtune import Translation, apply_overrides, compare, parse_yaml, translate
 from trainer.torchtune.data import FILE_TYPES
 from trainer.torchtune.overrides import COMPONENT
@@ -68,16 +69,24 @@ def take_config(request: TorchtuneRequest, registry: Registry) -> TakenConfig:
         model=name,
         options=TrainingOptions(**options),
         datasets=datasets,
-        validation=request.validation or (None if held_out is None else DatasetRequest(**held_out)),
+        validation=request.validation or (None if held_out is None else _dataset(held_out, "dataset_val")),
         notes=notes,
     )
 
 
 def _datasets(options: dict[str, Any]) -> DatasetRequest | list[DatasetRequest]:
     if "data_files" in options:
-        return DatasetRequest(data_files=options["data_files"])
-    several = [DatasetRequest(**one) for one in options["datasets"]]
+        return _dataset({"data_files": options["data_files"]}, "dataset")
+    several = [_dataset(one, f"dataset.{number}") for number, one in enumerate(options["datasets"])]
     return several[0] if len(several) == 1 else several
+
+
+def _dataset(options: dict[str, Any], where: str) -> DatasetRequest:
+    """Raises UserError: over HTTP there may be fewer files than on the command line."""
+    try:
+        return parse_options(DatasetRequest, options)
+    except UserError as error:
+        raise in_config(UserError(f"{where}.{error}", param=f"{where}.{error.param}")) from error
 
 
 def in_config(error: UserError) -> UserError:

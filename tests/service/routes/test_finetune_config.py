@@ -85,6 +85,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("dataset.data_files", "../secret.jsonl", "dataset.data_files", "outside of the data folder"),
         ("dataset.data_files", "/etc/passwd", "dataset.data_files", "outside of the data folder"),
         ("dataset.data_files", "bad.jsonl", "dataset.data_files", "record 1"),
+        ("dataset.data_files", ["good.jsonl"] * 1001, "dataset.data_files", "at most 1000"),
         ("dataset.data_files", "a\0b", "dataset.data_files", "text is expected"),
         ("dataset.split", "test", "dataset.split", "train only"),
         ("dataset.packed", True, "tokenizer.max_seq_len", "packed data need it"),
