@@ -27,6 +27,8 @@ class DataSet:
     """Each of them -> the key that said it."""
     common: dict[str, tuple[Any, str]]
     """Options that all data sets of a run share -> value, and the key that said it."""
+    trained: tuple[str, str] | None
+    """What is trained (`masking`), also where nothing is said, and the key for it. None where it is all of a text."""
 
 
 def is_preference(group: object) -> bool:
@@ -73,6 +75,11 @@ def _set_common(sets: Sequence[DataSet], collected: Collected) -> None:
                 )
                 raise UserError(f"{origin}: {reason}; one run has one of them for all its data", param=origin)
             collected.set(option, value, origin)
+    (first, by), *others = [one.trained for one in sets if one.trained is not None] or [("", "")]
+    for masking, origin in others:
+        if masking != first:
+            reason = f"what is trained is {masking!r} here, and {first!r} by {by}"
+            raise UserError(f"{origin}: {reason}; one run has one of them for all its data", param=origin)
 
 
 def _read(group: object, where: str, recipe: str, collected: Collected) -> DataSet:
@@ -94,7 +101,8 @@ def _read(group: object, where: str, recipe: str, collected: Collected) -> DataS
         if not error.param:  # of several fields together, of which only the split can be wrong by now
             raise UserError(f"{where}.split: {error}", param=f"{where}.split") from error
         raise in_users_words(error, origins) from error
-    return DataSet(config=config, origins=origins, common=_common(builder, keys, where, collected))
+    common, trained = _common(builder, keys, where, collected), _trained(builder, keys, where)
+    return DataSet(config=config, origins=origins, common=common, trained=trained)
 
 
 def _check_recipe(builder: DataBuilder, where: str, name: str, recipe: str) -> None:
@@ -183,3 +191,11 @@ def _common(
         given = keys.get("train_on_input", builder.trains_on_input)
         common["train_on_input"] = (given, path)
     return common
+
+
+def _trained(builder: DataBuilder, keys: Mapping[str, Any], where: str) -> tuple[str, str] | None:
+    if "masking_strategy" not in (key.name for key in builder.keys):
+        return None
+    if (strategy := keys.get("masking_strategy")) is not None:
+        return MASKING[strategy], f"{where}.masking_strategy"
+    return "all" if keys.get("train_on_input", builder.trains_on_input) else "assistant", f"{where}.train_on_input"

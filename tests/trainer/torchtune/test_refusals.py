@@ -77,6 +77,16 @@ from trainer.torchtune.table import all_keys
             "dataset.1.packed",
             "it is False here, and True by dataset.0.packed",
         ),
+        (
+            [
+                (
+                    "dataset=[{_component_: torchtune.datasets.alpaca_dataset}, "
+                    "{_component_: torchtune.datasets.instruct_dataset, data_files: a.json}]"
+                )
+            ],
+            "dataset.1.train_on_input",
+            "what is trained is 'assistant' here, and 'all' by dataset.0.train_on_input",
+        ),
         (["dataset=torchtune.datasets.preference_dataset"], "dataset._component_", "takes no preferences"),
         (
             ["dataset_val={_component_: torchtune.datasets.text_completion_dataset}"],
