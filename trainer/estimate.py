@@ -92,7 +92,7 @@ def estimate_disk(
     trained = trained_parameters(config, options)
     whole = BYTES[precision] * config.num_parameters
     checkpoint = MASTER * trained if options.trains_adapter else whole
-    kept = min(num_checkpoints, (options.keep_last_n_checkpoints or num_checkpoints) + 1)  # the best one stays, too
+    kept = checkpoints_at_once(options, num_checkpoints)
     merged = whole if options.trains_adapter else 0
     state = MASTER * trained + optimizer_bytes(config, options)
     return DiskEstimate(
@@ -101,6 +101,11 @@ def estimate_disk(
         state=state,
         total=kept * checkpoint + merged + 2 * state,  # the old state goes once the new one is whole
     )
+
+
+def checkpoints_at_once(options: TrainingOptions, num_checkpoints: int) -> int:
+    """At most: beside those that are kept the best one stays, and a new one is there before the oldest goes."""
+    return min(num_checkpoints, (options.keep_last_n_checkpoints or num_checkpoints) + 2)
 
 
 def flops_per_token(config: ModelConfig, options: TrainingOptions, *, length: int) -> float:

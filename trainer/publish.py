@@ -15,6 +15,7 @@ from lm.folder import publish
 from lm.model import CausalLM
 from trainer.card import CheckpointFacts, Kind, card_files
 from trainer.config import RunConfig
+from trainer.estimate import checkpoints_at_once
 from trainer.model_setup import merged_model
 from trainer.outcome import NoDiskSpace
 from trainer.run_folder import RunFolder
@@ -39,11 +40,9 @@ class Publisher:
         self.base = base or Path(config.model)
 
     def check_disk_space(self, model: CausalLM, *, num_saves: int, beside: int = 0) -> None:
-        """Raises NoDiskSpace, with figures, unless `num_saves` checkpoints and `beside` bytes fit beside what is there.
-
-        Of the checkpoints as many as the options keep: the best and the last one may be two more.
-        """
-        kept = min(num_saves, (self.config.keep_last_n_checkpoints or num_saves) + 2)
+        """Raises NoDiskSpace, with figures, unless `num_saves` checkpoints, or as many of them as the options keep, and
+        `beside` bytes fit beside what is there."""
+        kept = checkpoints_at_once(self.config, num_saves)
         whole = model.config.num_parameters * self.dtype.itemsize
         adapter = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         needed = beside + (kept * adapter + whole if self.config.trains_adapter else kept * whole)
