@@ -42,8 +42,6 @@ class JobSpec:
     webhook: str | None = None
     """URL that is told of its end."""
     notes: tuple[str, ...] = ()
-    openai: Mapping[str, Any] | None = None
-    """What the request said in OpenAI's terms, to be told again."""
     idempotency_key: str | None = None
     request_hash: str | None = None
     """Of the body that came with the key: the same key with another body is refused."""
@@ -140,7 +138,6 @@ def job_columns(spec: JobSpec, start: Start, taken: Mapping[str, TakenDataset]) 
         "metadata": dict(spec.metadata),
         "webhook": spec.webhook,
         "notes": spec.notes,
-        "openai": spec.openai,
         "idempotency_key": spec.idempotency_key,
         "request_hash": spec.request_hash,
     }

@@ -94,7 +94,6 @@ ALTER TABLE jobs ADD COLUMN metadata TEXT NOT NULL DEFAULT '{}';
 ALTER TABLE jobs ADD COLUMN webhook TEXT;
 ALTER TABLE jobs ADD COLUMN idempotency_key TEXT;
 ALTER TABLE jobs ADD COLUMN request_hash TEXT;
-ALTER TABLE jobs ADD COLUMN openai TEXT;
 CREATE UNIQUE INDEX jobs_by_key ON jobs (idempotency_key);
 ALTER TABLE entries ADD COLUMN weights TEXT;
 ALTER TABLE entries ADD COLUMN epoch INTEGER;

@@ -36,8 +36,7 @@ def _plain(value: Any) -> Any:
 
 
 def job_of(row: sqlite3.Row) -> Job:
-    columns = dict(row)
-    del columns["seq"]
+    columns = {name: row[name] for name in Job.__slots__}
     error, validation = json.loads(columns["error"] or "null"), columns["validation"]
     return Job(
         **{
@@ -50,7 +49,6 @@ def job_of(row: sqlite3.Row) -> Job:
             ),
             "validation": None if validation is None else DatasetConfig.model_validate_json(validation),
             "metadata": json.loads(columns["metadata"]),
-            "openai": json.loads(columns["openai"] or "null"),
             "progress": Progress(**json.loads(columns["progress"])),
             "error": error and JobError(**error),
         }

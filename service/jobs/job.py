@@ -98,8 +98,6 @@ class Job:
     idempotency_key: str | None = None
     request_hash: str | None = None
     """Of the request that `idempotency_key` came with."""
-    openai: Mapping[str, Any] | None = None
-    """What was said in OpenAI's words, to be said again in answers."""
     created_at: float
     started_at: float | None
     finished_at: float | None

@@ -157,6 +157,7 @@ def test_jobs_of_an_older_service_are_kept_with_their_folders(tmp_path: Path, mo
     old.close()
     monkeypatch.setattr(database, "MIGRATIONS", MIGRATIONS)
     upgraded = Database(path)
+    upgraded.connection.execute("ALTER TABLE jobs ADD COLUMN openai TEXT")  # as some versions in between had it
     jobs = JobStore(upgraded)
     assert (jobs.get("ftjob-old").notes, jobs.get("ftjob-old").file_ids) == ((), ("file-1",))
     assert jobs.get("ftjob-old").run_name == "ftjob-old"

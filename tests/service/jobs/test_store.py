@@ -49,7 +49,6 @@ def test_what_a_job_is_told_beyond_that_comes_back_too(store: JobStore) -> None:
         "webhook": "https://example.org/hook",
         "idempotency_key": "key",
         "request_hash": "hash",
-        "openai": {"method": {"type": "dpo"}},
     }
     job = create(store, file_id="file-1", **told)
     assert {name: getattr(job, name) for name in told} == told
