@@ -90,8 +90,10 @@ class Recipe(ABC):
     def setup(self, *, resume: bool = False) -> None:
         """Check the data first, since that is quick, then load what is trained, and its state if the run goes on."""
         state = read_state(self.folder, self.config) if resume else None
+        if state is not None:
+            self.position = state.position
         if resume:
-            self.progress.resume(state.position.step if state else 0)
+            self.progress.resume(self.position.step)
         seed_everything(self.config.seed, self.device)
         self.data = prepare_data(
             self.config,
@@ -114,7 +116,6 @@ class Recipe(ABC):
         log.info("Loss is initialized.")
         if state is not None:
             restore(state, self.model, self.optimizer, self.device)
-            self.position = state.position
             log.info(f"The run goes on behind step {self.position.step} of {self.plan.total_steps}.")
         self._report_start()
         self._check_disk_space()

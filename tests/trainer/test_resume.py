@@ -23,6 +23,7 @@ from trainer.config import load_run_config
 from trainer.optimizer import build_optimizer
 from trainer.outcome import Paused
 from trainer.progress import Progress
+from trainer.recipes import RECIPES
 from trainer.run_folder import RunFolder
 from trainer.state import read_state, restore
 
@@ -143,6 +144,16 @@ def test_a_run_that_was_paused_before_its_first_step_begins_anew(tmp_path: Path,
     assert run.newest_state() is None
     train_here(run, resume=True)
     assert_same(run, whole)
+
+
+def test_a_pause_before_a_resumed_run_trains_knows_how_far_it_is(tmp_path: Path, tiny_llama: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_llama, **FULL, epochs=1)
+    pause(run, 3)
+    with Progress(run) as progress:
+        recipe = RECIPES["full"](load_run_config(run.config), run, progress, pausing_at(1))
+        with pytest.raises(Paused):
+            recipe.setup(resume=True)
+    assert recipe.position.step == 2
 
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 2), ("learning_rate", 0.5), ("seed", 7)])
