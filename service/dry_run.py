@@ -20,7 +20,7 @@ import yaml
 from lm.config import load_config
 from lm.errors import UserError
 from service.errors import unavailable
-from service.finetuning import JobSpec, find_start, in_words_of_client, job_columns, take_data
+from service.finetuning import JobSpec, check_options, find_start, in_words_of_client, job_columns, take_data
 from service.jobs.job import Job, Progress, new_id
 from service.jobs.policy import run_config
 from service.jobs.trainer_process import CPU_NICENESS, trainer_environment
@@ -53,6 +53,7 @@ async def dry_run(services: Services, spec: JobSpec) -> DryRunAnswer:
 
 async def _dry_run(services: Services, spec: JobSpec) -> DryRunAnswer:
     start = find_start(services, spec)
+    check_options(services, spec)
     folder = services.settings.home / FOLDER
     await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)  # of a service that was killed
     try:

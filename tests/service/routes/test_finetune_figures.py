@@ -127,6 +127,7 @@ def test_what_would_fail_at_the_end_is_refused_at_once(
     api: Api, change: dict[str, Any], param: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    answer = api.post("/finetune", body(**change))
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == param
+    for dry_run in (False, True):
+        answer = api.post("/finetune", body(**change, dry_run=dry_run))
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == param
