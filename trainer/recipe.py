@@ -33,7 +33,7 @@ from trainer.publish import Publisher
 from trainer.run_folder import RunFolder
 from trainer.samples import load_samples
 from trainer.schedule import planned_rate
-from trainer.state import check_data, collect_tensors, read_state, restore, save_state
+from trainer.state import check_goes_on, collect_tensors, read_state, restore, save_state
 from trainer.sums import Means, Sums
 from trainer.validation import Validation, perplexity
 
@@ -102,9 +102,9 @@ class Recipe(ABC):
             progress=self.progress,
             check_cancelled=self.check_cancelled,
         )
-        if state is not None:
-            check_data(state, self.data.fingerprint)
         self.plan = plan_run(self.config, len(self.data.training))
+        if state is not None:
+            check_goes_on(state, self.data.fingerprint, self.plan.total_steps)
         self.base = prepare_base(self.config, self.folder, self.precision.dtype)
         self.milestones = self._milestones()
         self.check_cancelled()

@@ -119,12 +119,18 @@ def _check_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
             )
 
 
-def check_data(state: TrainingState, fingerprint: str) -> None:
-    """Raises UserError where the data is not what the run was begun with."""
+def check_goes_on(state: TrainingState, fingerprint: str, total_steps: int) -> None:
+    """Raises UserError where the data is not what the run was begun with, or where nothing of the run is left to do."""
+    step = state.position.step
     if state.fingerprint != fingerprint:
         raise UserError(
             f"the data is not what the run was begun with (fingerprint {fingerprint}, and "
-            f"{state.fingerprint} at step {state.position.step}); put it back, or begin a new run"
+            f"{state.fingerprint} at step {step}); put it back, or begin a new run"
+        )
+    if step + state.position.finished > total_steps:
+        raise UserError(
+            f"max_steps: the run is behind step {step}, and shall end with step {total_steps}; raise max_steps or epochs",
+            param="max_steps",
         )
 
 

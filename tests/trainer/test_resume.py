@@ -179,6 +179,19 @@ def test_a_run_can_go_on_to_more_epochs_and_from_another_folder(tmp_path: Path, 
     assert sorted(told_losses(moved)) == list(range(1, 9))
 
 
+@pytest.mark.parametrize("max_steps", [1, 3])
+def test_a_run_that_would_have_ended_already_is_refused(tmp_path: Path, tiny_llama: Path, max_steps: int) -> None:
+    """It would publish nothing, and be called a success."""
+    run = make_run(tmp_path / "run", tiny_llama, **FULL, epochs=1)
+    pause(run, 4)
+    change(run, "max_steps", max_steps)
+    with pytest.raises(UserError, match=f"max_steps: the run is behind step 3, and shall end with step {max_steps}"):
+        train_here(run, resume=True)
+    change(run, "max_steps", 4)
+    train_here(run, resume=True)
+    assert (run.checkpoints / "step_4").is_dir()
+
+
 def test_other_data_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
     run = make_run(tmp_path / "run", tiny_llama, **FULL, epochs=1)
     pause(run, 2)
