@@ -1,4 +1,4 @@
-"""Checkpoints as GGUF files, written by a process of their own into `exports/` of their run, and removed with it."""
+"""Checkpoints as GGUF files, written by a process of their own into `exports/` of their run, and removed with them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lm.gguf_export import GgufType
 from service.jobs.trainer_process import CPU_NICENESS, trainer_environment
 from service.registry import Entry
 
+FOLDER = "exports"
 State = Literal["none", "running", "ready", "failed"]
 
 
@@ -71,14 +72,21 @@ class Exports:
             except OSError as error:
                 mistake = f"the process could not be started: {error.strerror}"
         if mistake is not None:
+            for place in (folder.parent.parent, entry.base_dir.parent):  # clients are told no paths of ours
+                mistake = mistake.replace(f"{place}/", "")
             self._problems[path] = mistake
+
+
+def exported(folder: Path) -> list[Path]:
+    """What was exported of the checkpoint in `folder`."""
+    return [*(folder.parent.parent / FOLDER).glob(f"{folder.name}.*.gguf")]
 
 
 def _path(entry: Entry, kind: GgufType) -> Path:
     folder = entry.adapter_dir or entry.base_dir
     if entry.job_id is None:
         raise UserError(f"model: {entry.id} is a base model; only checkpoints of jobs are exported", param="model")
-    return folder.parent.parent / "exports" / f"{folder.name}.{kind}.gguf"
+    return folder.parent.parent / FOLDER / f"{folder.name}.{kind}.gguf"
 
 
 async def _run(words: list[str]) -> str | None:

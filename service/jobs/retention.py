@@ -12,10 +12,12 @@ import shutil
 from pathlib import Path
 
 from service.errors import ApiError, conflict
+from service.exports import exported
 from service.jobs.job import Job, new_id
 from service.jobs.store import JobStore
 from service.registry import Entry, Registry
 from service.serving import Serving
+from trainer.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class Retention:
         """From the registry first: what can be named is there."""
         folder = entry.adapter_dir or entry.base_dir
         await self._serving.drop(entry)
-        await asyncio.to_thread(_remove_folder, folder)
+        await asyncio.to_thread(_remove_files, folder)
         logger.info("%s was removed", entry.id)
 
     # ---- jobs
@@ -127,6 +129,15 @@ class Retention:
 def _refuse_at_work(job: Job) -> None:
     if job.status in ("running", "validating_files"):
         raise conflict(f"the job {job.id} cannot be deleted while it is {job.status}; cancel it first", param="id")
+
+
+def _remove_files(folder: Path) -> None:
+    """A checkpoint with what was made of it: the merged model of an adapter, and exports."""
+    for path in exported(folder):
+        path.unlink(missing_ok=True)
+    run = RunFolder(folder.parent.parent)
+    for parent in (run.checkpoints, run.adapters):
+        _remove_folder(parent / folder.name)
 
 
 def _remove_folder(folder: Path) -> None:

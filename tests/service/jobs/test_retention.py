@@ -141,6 +141,10 @@ def test_one_model_is_deleted_with_its_files_and_out_of_memory(bench: Bench) -> 
     async def work() -> None:
         job = create(bench, status="succeeded")
         first, second = publish(bench, job, 1), publish(bench, job, 2, final=True)
+        run_dir = bench.supervisor.run_folder(job).path
+        for made in ("checkpoints/step_1/model.safetensors", "exports/step_1.f16.gguf", "exports/step_2.f16.gguf"):
+            (run_dir / made).parent.mkdir(parents=True, exist_ok=True)
+            (run_dir / made).write_bytes(b"weights")
         await bench.serving.promote(second.id, "test")
         await bench.serving.acquire(first.id)
         assert first.id in bench.engine.held
@@ -150,6 +154,7 @@ def test_one_model_is_deleted_with_its_files_and_out_of_memory(bench: Bench) -> 
         await bench.supervisor.delete_checkpoint(first.id)
         assert first.id not in (*bench.engine.held, *bench.serving.loaded)
         assert left(bench, job) == ([2], ["step_2"])
+        assert [path.name for path in run_dir.glob("[ce]*/*")] == ["step_2.f16.gguf"]
         with pytest.raises(NotFoundError):
             await bench.supervisor.delete_checkpoint(first.id)
         with pytest.raises(ApiError, match="base model"):

@@ -111,6 +111,7 @@ def test_an_export_that_fails_says_why_and_can_be_tried_again(api: Api, checkpoi
     (folder / "away").rename(weights)
     assert failed["status"] == "failed"
     assert failed["error"]
+    assert str(api.services.settings.home) not in failed["error"]
     assert api.post(f"/checkpoints/{name}/export?type=q8_0").json()["status"] == "running"
     assert until_exported(api, f"/checkpoints/{name}/export?type=q8_0")["status"] == "ready"
 
