@@ -88,9 +88,9 @@ def export_gguf(
 ) -> None:
     """Write the model folder `source`, its tokenizer and its chat template into the file `target`, whole or not at all.
 
-    `name` is what the file calls the model; by default the folder's name. Raises FileExistsError when `target` exists, and UserError for a folder that is no model of ours in safetensors, for
-    what GGUF has no words for (windows of qwen models, some kinds of YaRN, other tokenizers), and where the disk has
-    no room.
+    `name` is what the file calls the model; by default the folder's name. Raises FileExistsError when `target` exists,
+    and UserError for a folder that is no model of ours in safetensors, for what GGUF has no words for (windows of qwen
+    models, some kinds of YaRN, other tokenizers), and where the disk has no room.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists already")

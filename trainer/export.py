@@ -7,13 +7,13 @@ was not written, and stderr says why in one line.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import get_args
 
+from lm.config_fields import read_json_object
 from lm.errors import UserError
 from lm.gguf_export import GgufType, export_gguf
 
@@ -57,7 +57,7 @@ def export_checkpoint(
 
 
 def _named_base(adapter: Path) -> Path:
-    said = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    said = read_json_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     base = Path(str(said))
     if not base.is_dir():
         raise UserError(f"{adapter} is an adapter on {said!r:.200}, which is no folder here; give its folder as --base")

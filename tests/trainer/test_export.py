@@ -70,3 +70,11 @@ def test_a_file_that_is_there_stays(tmp_path: Path, tiny_llama: Path, capsys: py
 def test_a_folder_that_is_no_model_is_refused_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "nothing"), str(tmp_path / "out.gguf")]) == 2
     assert capsys.readouterr().err == f"tuneserve: error: there is no model folder {tmp_path / 'nothing'}\n"
+
+
+def test_a_damaged_adapter_is_refused_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "step_1" / "adapter_config.json"
+    config.parent.mkdir()
+    config.write_text("{", encoding="utf-8")
+    assert main([str(config.parent), str(tmp_path / "out.gguf")]) == 2
+    assert capsys.readouterr().err.startswith(f"tuneserve: error: cannot read {config}: ")
