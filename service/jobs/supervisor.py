@@ -100,6 +100,8 @@ class Supervisor:
             self._ending.end(job_id, "cancelled", None)
             if job.status == "validating_files":
                 self._training.abandon(job_id)
+            else:
+                self._training.spawn(job_id, self._training.forget_state, job)
             self._schedule()
         return self.store.get(job_id)
 

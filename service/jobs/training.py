@@ -142,6 +142,10 @@ class Training:
         """End what was spawned for a job."""
         self._tasks[job_id].cancel()
 
+    async def forget_state(self, job: Job) -> None:
+        """Of a job that was cancelled: it is never resumed."""
+        await asyncio.to_thread(self._launcher.run_folder(job).remove_state)
+
     async def _fail(self, job_id: str, code: str, message: str) -> None:
         self._ending.end(job_id, "failed", JobError(code=code, message=message))
         self._on_free()
@@ -174,6 +178,7 @@ class Training:
     async def _not_started(self, job: Job, failure: JobError | None) -> None:
         await self._arbiter.give_back(job)
         if job.cancel_requested:
+            await self.forget_state(job)
             self._ending.end(job.id, "cancelled", None)
         elif failure is not None:
             self._ending.end(job.id, "failed", failure)
@@ -240,7 +245,7 @@ class Training:
             await self._promoter.at_end(job)
             await self._ending.write_results(job)
         if status == "cancelled":
-            await asyncio.to_thread(trainer.run.remove_state)  # it is never resumed
+            await self.forget_state(job)
         self._ending.end(job.id, status, error)
 
     def _wait_again(self, job: Job, *, paused: bool, **columns: Any) -> None:

@@ -108,6 +108,21 @@ def test_a_paused_job_can_be_cancelled_and_outlives_a_restart(tiny_home: Path) -
     run(work())
 
 
+def test_a_job_that_is_cancelled_while_it_is_paused_keeps_nothing_to_go_on_with(tiny_home: Path) -> None:
+    async def work() -> None:
+        async with running_bench(tiny_home) as bench:
+            job = bench.supervisor.submit(**bench.columns(SHORT, paused=True))
+            state = bench.supervisor.run_folder(job).state
+            (state / "step_1").mkdir(parents=True)
+            bench.supervisor.cancel(job.id)
+            async with asyncio.timeout(5):
+                while state.exists():
+                    await asyncio.sleep(0.01)
+            assert bench.store.get(job.id).status == "cancelled"
+
+    run(work())
+
+
 def test_a_stop_of_the_service_pauses_what_trains_and_a_start_goes_on_with_it(tiny_home: Path) -> None:
     async def work() -> None:
         async with running_bench(tiny_home, max_job_restarts=0) as bench:
