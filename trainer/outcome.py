@@ -62,6 +62,8 @@ def _memory_advice(config: RunConfig) -> str:
         advice.append("set enable_activation_checkpointing")
     if config.recipe == "full":
         advice.append("take the lora recipe")
+    elif not config.trains_adapter:
+        advice.append("set dpo.update to lora")
     return f"To use less memory: {'; or '.join(advice)}"
 
 

@@ -8,6 +8,7 @@ import torch
 from lm.errors import NotFoundError, UserError
 from trainer.config import RunConfig
 from trainer.data.errors import DataError
+from trainer.option_groups import DpoConfig
 from trainer.outcome import Cancelled, NoDiskSpace, NonFiniteLoss, result_of
 from trainer.run_folder import RunResult
 
@@ -58,3 +59,8 @@ def test_memory_that_runs_out_comes_with_figures_and_what_to_lower() -> None:
         assert "lower max_seq_len (now 1024)" in message
         assert "enable_activation_checkpointing" in message
         assert "lora recipe" in message
+
+
+def test_dpo_of_the_whole_model_is_told_of_the_adapter() -> None:
+    config = RunConfig(model="model", data_files=("data.json",), recipe="dpo", dpo=DpoConfig(update="full"))
+    assert str(result_of(MemoryError(), config).error_message).endswith("; or set dpo.update to lora")
