@@ -81,7 +81,7 @@ def test_a_slice_of_parquet_conversations_trains_at_a_constant_rate(client: http
     data = {"dataset": {"data_files": "chats.parquet", "source": "parquet"}, "split": "train[:50%]"}
     job = finish(client, **data, lr_schedule="constant", warmup_steps=1)
     assert job["dataset"]["records"] == len(RECORDS) // 2
-    assert job["config"]["source"] == "parquet"
+    assert [dataset["source"] for dataset in job["datasets"]] == ["parquet"]
     assert "Data: 8 records of sharegpt" in logs(client, job)
     steps = client.get(f"/finetune/{job['id']}/metrics").json()["steps"]
     assert {step["learning_rate"] for step in steps} == {OPTIONS["learning_rate"]}

@@ -258,7 +258,7 @@ def test_nothing_takes_a_registration_back(api: Api) -> None:
     assert api.post("/models", {"path": "org/tiny"}).status_code == 201
     for method in ("DELETE", "PUT", "PATCH"):
         for path in ("/models", "/models/tiny", "/v1/models/tiny", "/checkpoints/tiny"):
-            assert api.run(api.async_client.request(method, path)).status_code in (404, 405)
+            assert api.run(api.async_client.request(method, path)).status_code in (404, 405, 409)
     assert known(api) == ["tiny", "base"]
 
 
