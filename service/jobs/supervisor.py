@@ -172,6 +172,7 @@ class Supervisor:
             "restarts": 0,
             "paused": False,
             "pause_requested": False,
+            "cancel_requested": False,
         }
         event = {"type": status, "message": "resumed"}
         self.store.record(job.id, [event], status=status, attempt=number, **reset)

@@ -159,6 +159,18 @@ def test_a_failed_job_goes_on_where_its_trainer_died(tiny_home: Path) -> None:
     run(work())
 
 
+def test_a_job_that_failed_while_it_was_cancelled_is_not_cancelled_again_when_it_goes_on(tiny_home: Path) -> None:
+    async def work() -> None:
+        async with running_bench(tiny_home) as bench:
+            bench.arbiter.room.clear()  # no trainer is started
+            job = bench.supervisor.submit(**bench.columns(SHORT, paused=True))
+            bench.store.record(job.id, [{"type": "failed"}], status="failed", cancel_requested=True)
+            assert not bench.supervisor.resume(job.id).cancel_requested
+            bench.supervisor.cancel(job.id)
+
+    run(work())
+
+
 def test_a_job_whose_data_was_bad_is_checked_again(tiny_home: Path) -> None:
     async def work() -> None:
         async with running_bench(tiny_home) as bench:
