@@ -59,6 +59,8 @@ proof-torchtune: setup  ## the figures of issue "everything a torchtune user bri
 		tests/service/test_families_served.py tests/service/test_hub.py tests/proof/test_torchtune.py \
 		tests/test_configs.py
 
+proof-engine proof-tuning: export TUNESERVE_PROOF_SIZE := full
+
 proof-engine: setup  ## the figures of issue "an inference engine and an OpenAI surface"; nothing else should run
 	$(BIN)/tuneserve pull smollm2-135m-instruct
 	$(BIN)/python -m pytest -m slow tests/service/engine/test_mixes.py tests/proof/test_lm_eval.py \
@@ -72,7 +74,7 @@ proof-tuning: setup  ## the figures of issue "fine-tuning as a service" that nee
 	$(BIN)/tuneserve pull smollm2-135m-instruct
 	$(BIN)/python -m pytest tests/trainer
 	$(BIN)/python -m pytest -m slow tests/trainer tests/proof/test_peers.py tests/proof/test_fine_tuning_sdk.py \
-		tests/service/test_trained_loss.py
+		tests/proof/test_resume.py tests/proof/test_jobs.py tests/service/test_trained_loss.py
 
 proof-training: setup  ## the same issue's figures of speed and memory; nothing else should run
 	$(BIN)/tuneserve pull smollm2-135m-instruct

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
+from tests.support.proof_size import proof_size
 from tests.support.runs import events, make_run, table, told_losses, weights
 from tests.support.tiny import make_tiny_llama
 from trainer.run_folder import RunFolder, RunResult
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-NUM_KILLS = 10
+NUM_KILLS = proof_size(10, in_ci=4)
 """Of each recipe."""
 WAYS: dict[str, dict[str, Any]] = {
     "full": {"recipe": "full", "learning_rate": 1e-4, "validation_split": 0.25, "validate_every_n_steps": 7},
@@ -101,7 +102,7 @@ def moments(seed: int) -> list[Moment]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_run_that_is_killed_ten_times_ends_as_one_that_was_not(
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(
     way: str, tmp_path: Path, figure: Callable[[str, object], None]
 ) -> None:
     model = make_tiny_llama(tmp_path / "model")
