@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-WORKERS ?= 3
+WORKERS ?= 2
 export TORCH_DEVICE_BACKEND_AUTOLOAD := 0
 
 PEERS := .cache/torchtune
