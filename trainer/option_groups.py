@@ -115,18 +115,18 @@ class TrackingConfig(Strict):
     mlflow: MlflowConfig | None = None
 
 
-class DatasetConfig(Strict):
-    """One of several datasets, or the held-out one. What is not said here is as the options beside it say."""
+class DatasetReading(Strict):
+    """What is said of a dataset wherever its records lie. What is not said is as the options beside it say."""
 
-    data_files: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None = None
-    """JSON, JSONL, CSV, Parquet or text files; records follow each other in this order."""
     hub_id: Annotated[str, Field(pattern=r"^[\w.-]{1,96}(/[\w.-]{1,96})?$")] | None = None
-    """A dataset of the Hugging Face hub, such as `tatsu-lab/alpaca`; needs a network, or its cache."""
+    """A dataset of the Hugging Face hub, such as `tatsu-lab/alpaca`. It is fetched when the run starts, and needs a
+    network or its cache."""
     hub_config: Annotated[str, Field(max_length=200)] | None = None
     """Which configuration of the hub's dataset, where it has several."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How often each record is seen in one pass: 0.5 takes every other record, drawn anew by the seed, 2 each twice."""
     source: Source | None = None
+    """What the data files are, as in datasets.load_dataset. It belongs to data_files."""
     data_format: DataFormat | None = None
     column_map: dict[str, str] | None = None
     new_system_prompt: Annotated[str, Field(max_length=1_000_000)] | None = None
@@ -135,6 +135,19 @@ class DatasetConfig(Strict):
     """Of a hub's dataset another split than `train`, too: `test[:100]`."""
 
     _known_columns = field_validator("column_map")(known_columns)
+
+    def reading(self, default: ReadOptions) -> ReadOptions:
+        """How its records are read: as it says itself, else as `default` says."""
+        names = ("source", "data_format", "column_map", "new_system_prompt", "prompt_template")
+        own: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return ReadOptions(**{name: getattr(default, name) if own[name] is None else own[name] for name in names})
+
+
+class DatasetConfig(DatasetReading):
+    """One of several datasets, or the held-out one."""
+
+    data_files: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] | None = None
+    """JSON, JSONL, CSV, Parquet or text files; records follow each other in this order."""
 
     @model_validator(mode="after")
     def _one_place(self) -> DatasetConfig:
@@ -147,9 +160,3 @@ class DatasetConfig(Strict):
         if self.split is not None:
             is_a_split(self.split, any_name=self.hub_id is not None)
         return self
-
-    def reading(self, default: ReadOptions) -> ReadOptions:
-        """How its records are read: as it says itself, else as `default` says."""
-        names = ("source", "data_format", "column_map", "new_system_prompt", "prompt_template")
-        own: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return ReadOptions(**{name: getattr(default, name) if own[name] is None else own[name] for name in names})

@@ -15,9 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from trainer.data.options import DataFormat, ReadOptions, Role, Source
-from trainer.option_groups import Affixes, DatasetConfig, is_a_split, known_columns
-from trainer.strict import Strict
+from trainer.option_groups import DatasetConfig, DatasetReading, is_a_split
 
 MAX_INLINE_RECORDS = 10_000
 MAX_DATA_FILES = 1000
@@ -41,7 +39,7 @@ DataFiles = Annotated[
 ]
 
 
-class DatasetRequest(Strict):
+class DatasetRequest(DatasetReading):
     """Exactly one of `records`, `file_id`, `data_files` and `hub_id`. What is not said here about reading is as the
     options beside `dataset` say."""
 
@@ -52,22 +50,6 @@ class DatasetRequest(Strict):
     """A file that was uploaded to /v1/files with the purpose fine-tune."""
     data_files: DataFiles | None = None
     """One or more JSON, JSONL, CSV, Parquet or text files, as paths inside the data folder of the service."""
-    hub_id: Annotated[str, Field(pattern=r"^[\w.-]{1,96}(/[\w.-]{1,96})?$")] | None = None
-    """A dataset of the Hugging Face hub, such as `tatsu-lab/alpaca`. It is fetched when the job starts."""
-    hub_config: Annotated[str, Field(max_length=200)] | None = None
-    """Which configuration of the hub's dataset, where it has several."""
-    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """How often each record is seen in one pass: 0.5 takes every other record, drawn anew by the seed, 2 each twice."""
-    source: Source | None = None
-    """What the data files are, as in datasets.load_dataset. It belongs to data_files."""
-    data_format: DataFormat | None = None
-    column_map: dict[str, str] | None = None
-    new_system_prompt: Annotated[str, Field(max_length=1_000_000)] | None = None
-    prompt_template: dict[Role, Affixes] | None = None
-    split: str | None = None
-    """Of a hub's dataset another split than `train`, too: `test[:100]`."""
-
-    _known_columns = field_validator("column_map")(known_columns)
 
     @field_validator("split")
     @classmethod
@@ -89,10 +71,6 @@ class DatasetRequest(Strict):
         """As the trainer is told it, the records being in `files`."""
         same = {name: getattr(self, name) for name in (*READING, "hub_id", "hub_config", "weight")}
         return DatasetConfig(data_files=files, **same)
-
-    def reading(self, default: ReadOptions) -> ReadOptions:
-        """How its records are read: as it says itself, else as `default` says."""
-        return self.in_files(None if self.hub_id else ("-",)).reading(default)
 
 
 def _number(value: object) -> str:
